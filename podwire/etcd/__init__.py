@@ -1,0 +1,29 @@
+"""etcd for Podwire: one session over several endpoints, on grpc.aio and the stubs of etcd-sdk-python.
+
+session      EtcdSession: what is used
+connection   endpoints, fail-over, deadlines, errors
+watch lease  the two things that outlive a connection
+records      items, events, the vocabulary of transactions (pure)
+wire         protobuf, and the only import of `pyetcd`
+"""
+
+from podwire.etcd.backoff import Backoff, Clock, SystemClock
+from podwire.etcd.connection import Observer
+from podwire.etcd.errors import Compacted, EtcdError, EtcdUnavailable, SessionClosed
+from podwire.etcd.lease import Lease
+from podwire.etcd.options import EtcdOptions
+from podwire.etcd.session import EtcdSession
+
+__all__ = [
+    "Backoff",
+    "Clock",
+    "Compacted",
+    "EtcdError",
+    "EtcdOptions",
+    "EtcdSession",
+    "EtcdUnavailable",
+    "Lease",
+    "Observer",
+    "SessionClosed",
+    "SystemClock",
+]

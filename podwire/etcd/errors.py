@@ -1,0 +1,25 @@
+"""What can go wrong with etcd: it is away (try again), it refuses, or the past that was asked for is compacted."""
+
+from __future__ import annotations
+
+from podwire.errors import PodwireError, TryAgain
+
+
+class EtcdUnavailable(TryAgain):
+    """No endpoint answered. A write may or may not have been carried out; the next read tells."""
+
+
+class EtcdError(PodwireError):
+    """etcd answered and refused. `code` is the gRPC status in etcd's words, such as PERMISSION_DENIED."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Compacted(EtcdError):
+    """The revision asked for is no longer kept."""
+
+
+class SessionClosed(EtcdError):
+    """The session was closed while the call was under way."""

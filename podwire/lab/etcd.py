@@ -1,0 +1,199 @@
+"""An etcd process of our own: for the lab, where it is the cluster's store, and for tests.
+
+Debian's etcd (3.4) is run as it is, on addresses and ports that are given or chosen, in a network namespace if the
+command prefix enters one. It serves when its log says so: the log is a file that can be read from anywhere, while a
+health request would have to be made inside the namespace. From exec to serving takes 0.3 s, nearly all of it the
+election of a single member, which is why the election timeout is short.
+
+A child can be made to die with its parent (`setpriv --pdeathsig`: one more exec, no code of ours after the fork). The
+kernel then ends it when the *thread* that started it ends; a lab whose clusters outlive the command leaves it off.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from podwire.errors import PodwireError
+
+START_S = 15.0
+STOP_S = 5.0
+_SERVING = b"serving client traffic"  # 3.4 to 3.6, with and without TLS
+_PORT_TAKEN = b"address already in use"
+
+
+class EtcdFailed(PodwireError):
+    """etcd could not be started; the message ends with the last of its log."""
+
+
+class EtcdServer:
+    """One member. `start` again after `stop` or `kill` finds the same data on the same ports.
+
+    address      bare, of either family; clients and peers reach it there
+    client_port  0 chooses a free one of this process' network namespace at the first start
+    prefix       put before the command, such as ("ip", "netns", "exec", "pw-lab-etcd")
+    members      name → peer URL of every member, this one included; empty for a cluster of one
+    options      further etcd options
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str = "etcd",
+        address: str = "127.0.0.1",
+        client_port: int = 0,
+        peer_port: int = 0,
+        prefix: Sequence[str] = (),
+        members: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
+        tls: bool = False,
+        dies_with_parent: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.name = name
+        self.client_port = client_port
+        self.peer_port = peer_port
+        self._address = address
+        self._prefix = tuple(prefix)
+        self._members = dict(members or {})
+        self._options = tuple(options)
+        self._scheme = "https" if tls else "http"
+        self._dies_with_parent = dies_with_parent
+        self._choose = client_port == 0 or peer_port == 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    @property
+    def endpoint(self) -> str:
+        """The URL for clients; known after the first start when the port is chosen."""
+        return self._url(self._scheme, self.client_port)
+
+    @property
+    def log(self) -> Path:
+        """Where etcd's output is appended, one JSON object a line."""
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def pid(self) -> int | None:
+        """The process, or None when none was started or it has ended."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def start(self, *, wait: bool = True) -> None:
+        """Starts etcd and, if `wait`, returns when it serves. Members of a cluster serve once most are started.
+
+        Raises EtcdFailed. A chosen port that someone else took in the meantime is chosen again.
+        """
+        if self.pid is not None:
+            return
+        for attempts_left in (2, 1, 0):
+            if self._choose:
+                self.client_port, self.peer_port = self._free_ports()
+            self._spawn()
+            if not wait:
+                break
+            try:
+                self.wait_serving()
+                break
+            except EtcdFailed:
+                if not (self._choose and attempts_left and _PORT_TAKEN in self._new_log()):
+                    raise
+        self._choose = False
+
+    def wait_serving(self, within: float = START_S) -> None:
+        """Returns when this member takes requests. Raises EtcdFailed, and leaves no process behind."""
+        deadline = time.monotonic() + within
+        while _SERVING not in self._new_log():
+            if self.pid is None or time.monotonic() > deadline:
+                what = "ended" if self.pid is None else f"did not serve within {within:.0f} s"
+                self.kill()
+                tail = self._new_log()[-800:].decode(errors="replace").strip()
+                raise EtcdFailed(f"etcd {self.name} {what}: {tail}")
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Ends etcd in an orderly way, by force after STOP_S. Data and ports stay."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends etcd as a power cut would. Data and ports stay."""
+        self._end(signal.SIGKILL)
+
+    def wipe(self) -> None:
+        """Forgets the data of a stopped etcd: the next start is a new cluster."""
+        shutil.rmtree(self._data, ignore_errors=True)
+
+    def __enter__(self) -> EtcdServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def _data(self) -> Path:
+        return self.folder / f"{self.name}.data"
+
+    def _url(self, scheme: str, port: int) -> str:
+        host = f"[{self._address}]" if ":" in self._address else self._address
+        return f"{scheme}://{host}:{port}"
+
+    def command(self) -> tuple[str, ...]:
+        """What is executed."""
+        peer = self._url("http", self.peer_port)
+        members = self._members or {self.name: peer}
+        dying = ("setpriv", "--pdeathsig", "KILL", "--") if self._dies_with_parent else ()
+        return (
+            *self._prefix,
+            *dying,
+            *("etcd", "--name", self.name, "--data-dir", str(self._data)),
+            *("--listen-client-urls", self.endpoint, "--advertise-client-urls", self.endpoint),
+            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            *("--initial-cluster", ",".join(f"{name}={url}" for name, url in members.items())),
+            *("--auto-compaction-retention", "0", "--heartbeat-interval", "50", "--election-timeout", "500"),
+            *("--logger", "zap", "--log-outputs", "stderr"),
+            *self._options,
+        )
+
+    def _spawn(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._log_start = log.tell()
+            try:
+                self._process = subprocess.Popen(
+                    self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            except FileNotFoundError as error:
+                raise EtcdFailed(f"{error.filename} is not installed (Debian: apt install etcd-server)") from error
+
+    def _end(self, how: signal.Signals) -> None:
+        process = self._process
+        if process is None:
+            return
+        process.send_signal(how)  # does nothing to a process that has ended
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        self._process = None
+
+    def _new_log(self) -> bytes:
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read()
+
+    def _free_ports(self) -> tuple[int, int]:
+        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        with socket.socket(family) as one, socket.socket(family) as two:
+            one.bind((self._address, 0))
+            two.bind((self._address, 0))
+            return one.getsockname()[1], two.getsockname()[1]
