@@ -51,19 +51,19 @@ def decode_response(data: bytes) -> CallResponse:
     api, stdout, exit_code = 0, b"", 0
     at = 0
     while at < len(data):
-        tag, at = _read_varint(data, at)
+        tag, at = _read_varint(data, at, 5)
         field, wire = tag >> 3, tag & 7
-        if field == 0:
-            raise ProtocolError("an answer with a field number of 0")
+        if not 0 < field < 1 << 29:
+            raise ProtocolError(f"an answer with a field number of {field}")
         if wire == _VARINT:
-            number, at = _read_varint(data, at)
+            number, at = _read_varint(data, at, 10)
             if field == 1:
                 api = number & 0xFFFFFFFF
             elif field == 3:
                 exit_code = number & 0xFFFFFFFF
             continue
         if wire == _BYTES:
-            size, at = _read_varint(data, at)
+            size, at = _read_varint(data, at, 5)
         elif wire in _FIXED_SIZES:
             size = _FIXED_SIZES[wire]
         else:
@@ -89,12 +89,13 @@ def _varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-def _read_varint(data: bytes, at: int) -> "tuple[int, int]":
-    """The varint at `at` (at most ten bytes, 64 bits) and where it ends."""
-    value = 0
-    for shift, byte in zip(range(0, 70, 7), data[at : at + 10]):  # noqa: B905 (`strict` is of Python 3.10)
+def _read_varint(data: bytes, at: int, longest: int) -> "tuple[int, int]":
+    """The varint at `at`, of at most `longest` bytes, and where it ends. Tags and sizes have 32 bits, numbers 64."""
+    value = shift = 0
+    for byte in data[at : at + longest]:
         value |= (byte & 0x7F) << shift
+        shift += 7
         at += 1
         if byte < 0x80:
-            return value & 0xFFFFFFFFFFFFFFFF, at
+            return value, at
     raise ProtocolError("an answer that ends inside a number, or with a number that is too long")
