@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 else:  # msgspec takes one custom type a field, no union of two: at run time each is one abstract class
 
-    class Address(ABC):
+    class Address(ABC):  # noqa: B024
         """An address of either family."""
 
-    class Network(ABC):
+    class Network(ABC):  # noqa: B024
         """A network of either family."""
 
-    class Interface(ABC):
+    class Interface(ABC):  # noqa: B024
         """An address of either family with the prefix length of its network."""
 
     for _family in ("IPv4", "IPv6"):
@@ -52,7 +52,7 @@ class Record(msgspec.Struct, frozen=True, rename="camel"):
 # --- the cluster ------------------------------------------------------------------------------------------------
 
 
-class Pool(Value, kw_only=True):
+class Pool(Value, frozen=True, kw_only=True):
     """Addresses that blocks are cut from. `cidr` is a network in canonical form; `block_size` is a prefix length."""
 
     name: str = "default"
@@ -64,21 +64,21 @@ class Pool(Value, kw_only=True):
         return iter(self.cidr.subnets(new_prefix=self.block_size))
 
 
-class VxlanBackend(Value, kw_only=True, tag_field="type", tag="vxlan"):
+class VxlanBackend(Value, frozen=True, kw_only=True, tag_field="type", tag="vxlan"):
     """Pods of other nodes are reached through one VXLAN device (RFC 7348). `port` is the UDP port, `vni` the id."""
 
     vni: int = 1
     port: int = 4789
 
 
-class ClusterConfig(Record, kw_only=True):
+class ClusterConfig(Record, frozen=True, kw_only=True):
     """What all nodes must agree on; the first daemon writes it to etcd, later ones must say the same."""
 
     pools: tuple[Pool, ...] = ()
     backend: VxlanBackend = VxlanBackend()
 
 
-class Block(Record, kw_only=True):
+class Block(Record, frozen=True, kw_only=True):
     """A block and its owner. `generation` is the NodeRecord generation of the owner when it claimed the block."""
 
     cidr: Network
@@ -88,8 +88,8 @@ class Block(Record, kw_only=True):
     generation: int
 
 
-class NodeRecord(Record, kw_only=True):
-    """What a node tells its peers. `addresses` are its own on the underlay; `vtep_addresses` are reserved in its blocks.
+class NodeRecord(Record, frozen=True, kw_only=True):
+    """What a node tells its peers. `addresses` are its own on the underlay, `vtep_addresses` are in its blocks.
 
     `node_id` is a UUID made at the first start on a machine and kept under /var/lib: a machine that takes over the name
     of another has another. `generation` counts how often the name changed hands.

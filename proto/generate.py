@@ -23,7 +23,13 @@ def generate(root: Path = ROOT) -> list[Path]:
     from grpc_tools import protoc
 
     sources = sorted((root / "proto").glob("podwire/v1/*.proto"))
-    arguments = ["protoc", f"-I{root / 'proto'}", f"--python_out={root}", f"--pyi_out={root}", f"--grpc_python_out={root}"]
+    arguments = [
+        "protoc",
+        f"-I{root / 'proto'}",
+        f"--python_out={root}",
+        f"--pyi_out={root}",
+        f"--grpc_python_out={root}",
+    ]
     if protoc.main([*arguments, *map(str, sources)]) != 0:
         raise SystemExit("proto/generate.py: protoc failed; its message is above")
     return sources
@@ -34,7 +40,7 @@ class StubsBuildHook(BuildHookInterface):  # type: ignore[type-arg,misc]
 
     PLUGIN_NAME = "custom"
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         generate(Path(self.root))
         build_data["artifacts"].append("podwire/v1/*_pb2*")
 

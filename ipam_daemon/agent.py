@@ -1,0 +1,221 @@
+"""The daemon of one node: what etcd says becomes a plan, the plan becomes the kernel's state, again and again.
+
+    etcd ──membership──▶ blocks, record ─┐
+    etcd ──watch nodes──────▶ peers ─────┼─▶ plan_node() ─▶ devices, firewall, peers   converge(), level-triggered
+    underlay ───────────▶ MTU, addresses ┘
+
+Membership (agree on the configuration, take the name, claim a block, publish the record) is tried until it succeeds;
+the node works without it as far as its journal goes, so a daemon that is restarted while etcd is away adds pods at
+once, in the blocks that the journal remembers, over the routes that the kernel still has. Nothing that the kernel holds
+of other nodes is removed before etcd has said once who they are.
+
+A task that dies takes the daemon with it: a daemon that limps on without its watch is worse than one that restarts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+
+import podwire
+from ipam_daemon.attachments import Attachments
+from ipam_daemon.devices import Devices
+from ipam_daemon.errors import CniError, TryAgainLater
+from ipam_daemon.firewall import Firewall
+from ipam_daemon.journal import Journal
+from ipam_daemon.metrics import Metrics
+from ipam_daemon.model import Address, Block, ClusterConfig, NodeRecord
+from ipam_daemon.netlink import NetlinkThread
+from ipam_daemon.peers import Peers
+from ipam_daemon.plan import NodePlan, plan_node, plan_record
+from ipam_daemon.registry import Registry
+from ipam_daemon.settings import Settings
+from ipam_daemon.wires import Wires
+from podwire.errors import TryAgain
+
+_CONVERGED = "converged"  # in the journal: the kernel has the routes to the peers, perhaps from an earlier daemon
+_FIRST_RETRY, _LAST_RETRY = 0.2, 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Agent:
+    """The daemon's work, apart from answering calls."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        node_id: str,
+        registry: Registry,
+        journal: Journal,
+        attachments: Attachments,
+        thread: NetlinkThread,
+        wires: Wires,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._node_id = node_id
+        self._registry = registry
+        self._journal = journal
+        self._attachments = attachments
+        self._thread = thread
+        self._wires = wires
+        self._metrics = metrics
+        self._devices = Devices(thread)
+        self._firewall = Firewall()
+        self._peers = Peers(thread)
+        self._config = ClusterConfig(pools=settings.pools, backend=settings.backend)
+        self._addresses: tuple[Address, ...] = settings.node_addresses
+        self._generation = 1
+        self._records: Mapping[str, NodeRecord] | None = None
+        self._changed = asyncio.Event()
+        self._trouble = "the daemon has just started"
+        self.plan: NodePlan | None = None
+        """What the kernel was last brought to, None before the first time."""
+
+    # --- what others ask
+
+    def not_ready(self) -> list[str]:
+        """Why an ADD cannot succeed now; empty when it can."""
+        if not self._attachments.allocator.blocks:
+            return [f"this node has no block of addresses yet: {self._trouble}"]
+        if not self._attachments.mtu:
+            return [f"the node's data path is not set up yet: {self._trouble}"]
+        uses = self._attachments.allocator.use(time.time())
+        if not any(use.free + use.cooling for use in uses):
+            return [f"no address is free in {', '.join(str(use.block.cidr) for use in uses)}"]
+        return []
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """The node's own addresses on the underlay."""
+        return self._addresses
+
+    @property
+    def peer_count(self) -> int:
+        """Nodes whose pods are reached, this one not counted."""
+        return len(self.plan.peers.fdb) if self.plan and self.plan.peers else 0
+
+    # --- start
+
+    async def restore(self) -> None:
+        """Takes up what the journal says, before any call is answered. Needs no etcd."""
+        if self._journal.set_aside is not None:
+            await self._rebuild()
+        self._attachments.use_blocks(self._journal.blocks())
+        undone = await self._attachments.undo_intents()
+        if undone:
+            self._metrics.repairs.labels("unfinished-add").inc(undone)
+            log.warning("undid %d ADDs that were not finished", undone)
+
+    async def _rebuild(self) -> None:
+        found = await self._thread.run(self._wires.found, time.time())
+        for attachment in found:
+            self._journal.adopt(attachment)
+        log.error(
+            "the journal could not be read and was rebuilt from the kernel",
+            extra={"fields": {"set_aside": str(self._journal.set_aside), "attachments": len(found)}},
+        )
+
+    # --- etcd
+
+    async def follow_registry(self) -> None:
+        """Joins the cluster and follows the other nodes, until cancelled.
+
+        Raises a PodwireError that trying again does not mend: the node's name is another's, the configuration differs.
+        """
+        delay = _FIRST_RETRY
+        while True:
+            try:
+                await self._join()
+                break
+            except TryAgain as error:
+                self._trouble = str(error)
+                log.warning("joining the cluster waits: %s", error)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _LAST_RETRY)
+        async for records in self._registry.watch_nodes():
+            self._records = records
+            self._changed.set()
+
+    async def _join(self) -> None:
+        settings = self._settings
+        await self._find_addresses()
+        self._config = await self._registry.agree(self._config)
+        entry = await self._registry.enter(settings.node, self._node_id)
+        self._generation = entry.generation
+        blocks = list(await self._registry.load_blocks(settings.node))
+        for pool in self._config.pools:
+            if not any(block.pool == pool.name for block in blocks):
+                blocks.append(await self._registry.claim_block(pool, settings.node, self._node_id, self._generation))
+        self._journal.set_blocks(blocks)
+        self._attachments.use_blocks(blocks)
+        await self._registry.publish(self._record(tuple(blocks)))
+        log.info("joined", extra={"fields": {"node": settings.node, "blocks": [str(b.cidr) for b in blocks]}})
+        self._changed.set()
+
+    async def _find_addresses(self) -> None:
+        if not self._addresses:
+            self._addresses = await self._thread.run(self._devices.default_addresses)
+        if not self._addresses:
+            raise TryAgainLater("nodeAddresses is empty and this node has no default route to find its address by")
+
+    def _record(self, blocks: tuple[Block, ...]) -> NodeRecord:
+        return plan_record(
+            self._settings.node, self._node_id, self._generation, self._addresses, blocks, podwire.__version__
+        )
+
+    # --- the kernel
+
+    async def converge_forever(self) -> None:
+        """Brings the kernel to the plan whenever the plan changes, and checks it periodically, until cancelled."""
+        resync, delay = True, _FIRST_RETRY
+        while True:
+            try:
+                await self._converge(resync)
+                resync, delay = False, _FIRST_RETRY
+            except CniError as error:
+                self._trouble = str(error)
+                log.warning("bringing the kernel to its plan failed, trying again: %s", error)
+                await asyncio.sleep(delay)
+                delay, resync = min(2 * delay, _LAST_RETRY), True
+                continue
+            try:
+                await asyncio.wait_for(self._changed.wait(), self._settings.reconcile_interval)
+            except TimeoutError:
+                resync = True
+
+    async def _converge(self, resync: bool) -> None:
+        self._changed.clear()
+        blocks = self._attachments.allocator.blocks
+        if not blocks:
+            return
+        await self._find_addresses()
+        mtu = await self._thread.run(self._devices.underlay_mtu, self._addresses[0])
+        records = None if self._records is None else self._records.values()
+        plan = plan_node(self._config, self._record(blocks), blocks, records, mtu, self._settings.mtu)
+        done: list[str] = []
+        if resync or self.plan is None or (self.plan.bridge, self.plan.vxlan) != (plan.bridge, plan.vxlan):
+            done += await self._thread.run(self._devices.ensure_bridge, plan.bridge)
+            done += await self._thread.run(self._devices.ensure_vxlan, plan.vxlan)
+        if (resync or self.plan is None or self.plan.firewall != plan.firewall) and await self._firewall.ensure(
+            plan.firewall
+        ):
+            done.append("changed nft elements or rules")
+        if plan.peers is not None:
+            if resync or done:
+                await self._thread.run(self._peers.resync)
+            changed = await self._thread.run(self._peers.apply, plan.peers)
+            if changed:
+                done.append(f"changed {changed} neighbours, FDB entries and routes")
+        if done:
+            log.info("kernel brought to its plan", extra={"fields": {"done": done}})
+            self._metrics.repairs.labels("node").inc(len(done))
+        self.plan = plan
+        if plan.peers is not None:
+            self._journal.set_meta(_CONVERGED, "yes")
+        if self._journal.meta(_CONVERGED):
+            self._attachments.mtu = plan.bridge.mtu

@@ -1,0 +1,205 @@
+"""Which address a pod gets: pure bookkeeping over the blocks that this node owns.
+
+An address of a block is in exactly one state:
+
+      reserved                         network, gateway, VTEP, broadcast: never handed out
+      free ──allocate──▶ used ──release──▶ releasing ──cool──▶ cooling ──(time)──▶ free
+        ▲                  │                                      │
+        └──── give_back ───┘ (an ADD that never had a wire)       └──allocate, when nothing is free: oldest first
+
+Free addresses wait in a queue, so that the one freed longest ago comes next: whoever still has an old flow or a stale
+neighbour entry for an address has the longest possible time to forget it. `releasing` addresses are never handed out,
+not even when the block is full: a wire with that address may still exist.
+
+Every operation is O(1) but restoring, which is O(size of the blocks). An allocator is a cache of the journal and can be
+rebuilt from it at any time; it does no I/O and takes the time as an argument (seconds, any epoch).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from ipam_daemon.errors import Exhausted
+from ipam_daemon.model import Address, Block, Interface, Network
+
+COOLDOWN = 30.0
+"""Seconds for which a freed address is not handed out while others are free."""
+
+
+class BlockUse(msgspec.Struct, frozen=True, kw_only=True):
+    """How many addresses of a block are in which state; the five add up to the size of the block."""
+
+    block: Block
+    used: int
+    releasing: int
+    cooling: int
+    reserved: int
+    free: int
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """The addresses of a block that have a role. They are the same on every node, so that none has to be looked up."""
+
+    gateway: Address
+    vtep: Address
+    reserved: frozenset[Address]
+
+    @classmethod
+    def of(cls, cidr: Network) -> Layout:
+        """First the network's own address, then the gateway (on the bridge), then the VTEP; last the broadcast address.
+
+        The network's own address stays unused although kernels from 5.14 take it for unicast: in IPv6 it is the
+        subnet-router anycast address (RFC 4291, 2.6.1), and older kernels broadcast to it in IPv4.
+        """
+        gateway, vtep = cidr[1], cidr[2]
+        last = {cidr.broadcast_address} if cidr.version == 4 else set()
+        return cls(gateway=gateway, vtep=vtep, reserved=frozenset({cidr[0], gateway, vtep, *last}))
+
+
+class BlockAllocator:
+    """The addresses of one block."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self._layout = Layout.of(block.cidr)
+        self._used: set[Address] = set()
+        self._releasing: set[Address] = set()
+        self._cooling: OrderedDict[Address, float] = OrderedDict()  # address → when it is cool, oldest first
+        self._free: deque[Address] = deque()
+        self.restore((), (), {}, None)
+
+    def restore(
+        self,
+        used: Iterable[Address],
+        releasing: Iterable[Address],
+        cooling: Mapping[Address, float],
+        last: Address | None,
+    ) -> None:
+        """Forgets everything and starts from what the journal says; the queue of free addresses begins after `last`."""
+        self._used, self._releasing = set(used), set(releasing)
+        self._cooling = OrderedDict(sorted(cooling.items(), key=lambda item: item[1]))
+        taken = self._used | self._releasing | self._cooling.keys() | self._layout.reserved
+        free = [address for address in self.block.cidr if address not in taken]
+        later = next((i for i, address in enumerate(free) if last is not None and int(address) > int(last)), 0)
+        self._free = deque(free[later:] + free[:later])
+
+    def allocate(self, now: float) -> Address | None:
+        """An address, now used; None when every one is used, releasing or reserved."""
+        self._thaw(now)
+        if self._free:
+            address = self._free.popleft()
+        elif self._cooling:
+            address, _ = self._cooling.popitem(last=False)
+        else:
+            return None
+        self._used.add(address)
+        return address
+
+    def give_back(self, address: Address) -> None:
+        """A used address that no wire ever had is free at once, at the head of the queue."""
+        self._used.remove(address)
+        self._free.appendleft(address)
+
+    def release(self, address: Address) -> None:
+        """A used address whose wire is being deleted."""
+        self._used.remove(address)
+        self._releasing.add(address)
+
+    def cool(self, address: Address, until: float) -> None:
+        """A releasing address whose wire was seen gone."""
+        self._releasing.remove(address)
+        self._cooling[address] = until
+
+    def use(self, now: float) -> BlockUse:
+        """How the block is used."""
+        self._thaw(now)
+        return BlockUse(
+            block=self.block,
+            used=len(self._used),
+            releasing=len(self._releasing),
+            cooling=len(self._cooling),
+            reserved=len(self._layout.reserved),
+            free=len(self._free),
+        )
+
+    def _thaw(self, now: float) -> None:
+        while self._cooling:
+            address, until = next(iter(self._cooling.items()))
+            if until > now:
+                return
+            del self._cooling[address]
+            self._free.append(address)
+
+
+class Allocator:
+    """The addresses of all blocks of this node. An allocation is one address of each family, or none at all."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[Network, BlockAllocator] = {}
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks that addresses come from, in the order in which they were added."""
+        return tuple(each.block for each in self._blocks.values())
+
+    def add_block(self, block: Block) -> BlockAllocator:
+        """Takes addresses of `block`, too. A block that is known already stays as it is."""
+        return self._blocks.setdefault(block.cidr, BlockAllocator(block))
+
+    def allocate(self, now: float) -> tuple[Interface, ...]:
+        """One address of each family that the node has blocks of, with the block's prefix length.
+
+        Raises Exhausted when a family has none; what was taken of another family is given back.
+        """
+        families = sorted({cidr.version for cidr in self._blocks})
+        got: list[Interface] = []
+        for family in families:
+            interface = self._allocate_of(family, now)
+            if interface is None:
+                for each in got:
+                    self.give_back((each,))
+                raise Exhausted(self._exhaustion(family, now))
+            got.append(interface)
+        return tuple(got)
+
+    def give_back(self, interfaces: Iterable[Interface]) -> None:
+        """Frees addresses that no wire ever had."""
+        for interface in interfaces:
+            self._of(interface).give_back(interface.ip)
+
+    def release(self, interfaces: Iterable[Interface]) -> None:
+        """Marks used addresses as releasing: their wire is being deleted."""
+        for interface in interfaces:
+            self._of(interface).release(interface.ip)
+
+    def cool(self, interfaces: Iterable[Interface], until: float) -> None:
+        """Marks releasing addresses as cooling until `until`: their wire was seen gone."""
+        for interface in interfaces:
+            self._of(interface).cool(interface.ip, until)
+
+    def use(self, now: float) -> tuple[BlockUse, ...]:
+        """How each block is used."""
+        return tuple(each.use(now) for each in self._blocks.values())
+
+    def _allocate_of(self, family: int, now: float) -> Interface | None:
+        for cidr, each in self._blocks.items():
+            if cidr.version == family and (address := each.allocate(now)) is not None:
+                return ipaddress.ip_interface(f"{address}/{cidr.prefixlen}")
+        return None
+
+    def _of(self, interface: Interface) -> BlockAllocator:
+        return self._blocks[interface.network]
+
+    def _exhaustion(self, family: int, now: float) -> str:
+        uses = [use for use in self.use(now) if use.block.cidr.version == family]
+        pools = ", ".join(sorted({use.block.pool for use in uses}))
+        cidrs = ", ".join(str(use.block.cidr) for use in uses)
+        return (
+            f"pool {pools}: no address is free in this node's {cidrs}: {sum(use.used for use in uses)} used, "
+            f"{sum(use.releasing for use in uses)} releasing, {sum(use.cooling for use in uses)} cooling, "
+            f"{sum(use.reserved for use in uses)} reserved"
+        )

@@ -1,0 +1,289 @@
+"""ADD, DEL, CHECK and GC: the one place where allocator, journal and kernel change together.
+
+    ADD   lock(key) ─▶ allocate ─▶ journal: intent ─▶ wire ─▶ journal: commit ─▶ answer
+    DEL   tombstone ─▶ lock(key) ─▶ kill the wire ─▶ journal: releasing ─▶ answer   …   reap ─▶ cooling ─▶ free
+
+The lock of an attachment spans all of it, rollback included. A DEL leaves its mark (a tombstone with the moment it was
+issued) before it waits for the lock, so an ADD in flight that was issued earlier sees it and undoes itself, and one
+that arrives later is refused: the DEL wins whichever way they cross. Moments are CLOCK_BOOTTIME as the executable read
+it.
+
+An ADD or DEL that was begun is finished or undone, whether or not its caller still waits: callers shield it. Failing
+halfway, the order of steps decides what a killed daemon leaves. An intent without a commit is undone at the next start.
+A wire that was killed but is still journaled as attached belongs to a DEL that got no answer; the executable queued it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+
+from ipam_daemon import cni
+from ipam_daemon.allocator import Allocator
+from ipam_daemon.cni import Call
+from ipam_daemon.errors import CheckFailed, CniError, DeletedMeanwhile, InterfaceExists, InvalidConfig, TryAgainLater
+from ipam_daemon.journal import Journal
+from ipam_daemon.metrics import Metrics
+from ipam_daemon.model import Address, Attachment, AttachmentKey, AttachmentState, Block, Interface, Network
+from ipam_daemon.netlink import NetlinkThread, index_of
+from ipam_daemon.plan import gateways, plan_attachment
+from ipam_daemon.wires import Wires
+
+_TOMBSTONES = 4096
+_REAP_DELAY = 0.05  # seconds for more wires to join the group: deleting many costs as much as deleting one
+_REAP_RETRY = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Attachments:
+    """The attachments of this node."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        wires: Wires,
+        thread: NetlinkThread,
+        metrics: Metrics,
+        cooldown: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`clock` gives seconds since the epoch; `cooldown` is in seconds."""
+        self._journal = journal
+        self._wires = wires
+        self._thread = thread
+        self._metrics = metrics
+        self._cooldown = cooldown
+        self._clock = clock
+        self._allocator = Allocator()
+        self._gateways: Mapping[Network, Address] = {}
+        self._locks: dict[AttachmentKey, tuple[asyncio.Lock, int]] = {}
+        self._tombstones: OrderedDict[AttachmentKey, int] = OrderedDict()
+        self._to_reap = asyncio.Event()
+        self.mtu = 0
+        """The MTU of new pods in bytes; 0 while it is not known, and then no pod is added."""
+
+    @property
+    def allocator(self) -> Allocator:
+        """Which addresses are in which state."""
+        return self._allocator
+
+    def use_blocks(self, blocks: Iterable[Block]) -> None:
+        """Takes addresses from `blocks`, too; what the journal says of a new one is restored first."""
+        known = {block.cidr for block in self._allocator.blocks}
+        added = [block for block in blocks if block.cidr not in known]
+        used = [each.ip for attachment in self._journal.attachments() for each in attachment.addresses]
+        releasing = [each.ip for wire in self._journal.releasing() for each in wire.addresses]
+        cooling, last = self._journal.cooling(), self._journal.last()
+        for block in added:
+            self._allocator.add_block(block).restore(
+                used=[a for a in used if a in block.cidr],
+                releasing=[a for a in releasing if a in block.cidr],
+                cooling={a: until for a, until in cooling.items() if a in block.cidr and a not in used},
+                last=next((a for a in last if a in block.cidr), None),
+            )
+        self._gateways = gateways(self._allocator.blocks)
+        self._to_reap.set()
+
+    # --- the commands
+
+    async def add(self, call: Call) -> bytes:
+        """Makes the attachment. Returns the CNI result, raises a CniError when nothing was made."""
+        self._refuse_if_unready(call)
+        async with self._locked(call):
+            self._refuse_if_deleted(call)
+            existing = self._journal.get(call.key)
+            if existing is not None:
+                raise InterfaceExists(
+                    f"{call.key} is attached already, with {', '.join(map(str, existing.addresses))}; DEL comes first"
+                )
+            attachment = self._intend(call)
+            try:
+                with self._metrics.phase("ADD", "wire"):
+                    await self._thread.run(self._wires.attach, attachment, self._gateways)
+            except Exception:
+                await self._undo(attachment)
+                raise
+            if self._is_deleted(call):
+                await self._release(attachment)
+                self._refuse_if_deleted(call)
+            with self._metrics.phase("ADD", "journal"):
+                attached = self._journal.commit(attachment)
+        log.info("added", extra={"fields": _fields(attached)})
+        return cni.result(attached, self._gateways, call.config)
+
+    async def delete(self, call: Call) -> None:
+        """Removes the attachment; success when there is none. When it returns, nothing passes the wire any more."""
+        self._tombstones[call.key] = max(call.issued_ns, self._tombstones.get(call.key, 0))
+        self._tombstones.move_to_end(call.key)
+        while len(self._tombstones) > _TOMBSTONES:
+            self._tombstones.popitem(last=False)
+        async with self._locked(call):
+            attachment = self._journal.get(call.key)
+            if attachment is None or attachment.created_ns > call.issued_ns:
+                return  # nothing to delete, or this DEL was queued before the attachment that is there now was added
+            await self._release(attachment)
+        log.info("deleted", extra={"fields": _fields(attachment)})
+
+    async def check(self, call: Call) -> None:
+        """Compares journal, kernel and the previous result. Raises CheckFailed with everything that differs."""
+        async with self._locked(call):
+            attachment = self._journal.get(call.key)
+            if attachment is None:
+                raise CheckFailed(f"{call.key} is not attached")
+            differences = await self._thread.run(self._wires.differences, attachment, call.netns, self._gateways)
+        differences += _previous_differences(call, attachment)
+        if differences:
+            raise CheckFailed(f"{call.key}: {'; '.join(differences)}")
+
+    async def collect_garbage(self, call: Call) -> None:
+        """Removes the attachments of this network that the runtime does not list. An absent list says nothing."""
+        valid = call.config.valid_attachments
+        if valid is None:
+            raise InvalidConfig("cni.dev/valid-attachments is absent, expected the list of attachments to keep")
+        keep = {AttachmentKey(call.config.name, each.container_id, each.ifname) for each in valid}
+        for attachment in self._journal.attachments():
+            key = attachment.key
+            if key.network == call.config.name and key not in keep and attachment.created_ns < call.issued_ns:
+                await self.forget(attachment, call.issued_ns)
+
+    async def forget(self, attachment: Attachment, moment_ns: int) -> None:
+        """Removes an attachment that nobody asks for any more, unless it has changed since it was looked at."""
+        async with self._lock_of(attachment.key):
+            current = self._journal.get(attachment.key)
+            if current == attachment and current.created_ns < moment_ns:
+                await self._release(attachment)
+                log.warning("removed an attachment that nobody has", extra={"fields": _fields(attachment)})
+
+    # --- wires on the way out
+
+    async def reap_forever(self) -> None:
+        """Deletes killed wires by group and lets their addresses cool, until cancelled."""
+        while True:
+            await self._to_reap.wait()
+            await asyncio.sleep(_REAP_DELAY)
+            self._to_reap.clear()
+            try:
+                left = await self.reap()
+            except CniError:
+                log.exception("deleting wires failed; trying again")
+                left = True
+            if left:
+                await asyncio.sleep(_REAP_RETRY)
+                self._to_reap.set()
+
+    async def reap(self) -> bool:
+        """Deletes every wire that is to be deleted. True when some are still there."""
+        releasing = self._journal.releasing()
+        if not releasing:
+            return False
+        with self._metrics.phase("DEL", "reap"):
+            gone = await self._thread.run(self._wires.reap, [each.host_ifname for each in releasing])
+        done = [each for each in releasing if each.host_ifname in gone]
+        until = self._clock() + self._cooldown
+        self._journal.cool(done, until)
+        for each in done:
+            self._allocator.cool(self._known(each.addresses), until)
+        return len(done) < len(releasing)
+
+    async def undo_intents(self) -> int:
+        """Undoes every ADD that a killed daemon did not finish. For the start, before calls are taken."""
+        undone = 0
+        for attachment in self._journal.attachments():
+            if attachment.state is AttachmentState.ADDING:
+                await self._release(attachment)
+                undone += 1
+        return undone
+
+    # --- steps
+
+    def _intend(self, call: Call) -> Attachment:
+        with self._metrics.phase("ADD", "allocate"):
+            now = self._clock()
+            addresses = self._allocator.allocate(now)
+        attachment = plan_attachment(call, addresses, self.mtu, now)
+        try:
+            with self._metrics.phase("ADD", "journal"):
+                self._journal.intend(attachment)
+        except sqlite3.Error as error:
+            self._allocator.give_back(addresses)
+            raise TryAgainLater(f"the journal cannot be written: {error}") from error
+        return attachment
+
+    async def _undo(self, attachment: Attachment) -> None:
+        """Without a wire nobody ever had the address; with one that would not go, it is released like any other."""
+        if await self._thread.run(index_of, attachment.host_ifname):
+            await self._release(attachment)
+            return
+        self._journal.forget(attachment.key)
+        self._allocator.give_back(attachment.addresses)
+
+    async def _release(self, attachment: Attachment) -> None:
+        with self._metrics.phase("DEL", "kill"):
+            await self._thread.run(self._wires.kill, attachment.host_ifname)
+        with self._metrics.phase("DEL", "journal"):
+            self._journal.release(attachment)
+        self._allocator.release(self._known(attachment.addresses))
+        self._to_reap.set()
+
+    def _known(self, addresses: Iterable[Interface]) -> list[Interface]:
+        """Those of a block that this node has now: before etcd was first read there may be none."""
+        return [each for each in addresses if each.network in self._gateways]
+
+    def _refuse_if_unready(self, call: Call) -> None:
+        if not self._allocator.blocks or not self.mtu:
+            raise TryAgainLater(f"{call.key}: this node has no block of addresses yet")
+
+    def _is_deleted(self, call: Call) -> bool:
+        return self._tombstones.get(call.key, 0) > call.issued_ns
+
+    def _refuse_if_deleted(self, call: Call) -> None:
+        if self._is_deleted(call):
+            raise DeletedMeanwhile(f"{call.key} was deleted after this ADD was issued")
+
+    @asynccontextmanager
+    async def _locked(self, call: Call) -> AsyncIterator[None]:
+        began = time.perf_counter()
+        async with self._lock_of(call.key):
+            self._metrics.seconds.labels(call.command, "lock").observe(time.perf_counter() - began)
+            yield
+
+    @asynccontextmanager
+    async def _lock_of(self, key: AttachmentKey) -> AsyncIterator[None]:
+        lock, users = self._locks.get(key, (asyncio.Lock(), 0))
+        self._locks[key] = (lock, users + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._locks.pop(key)
+            if users > 1:
+                self._locks[key] = (lock, users - 1)
+
+
+def _previous_differences(call: Call, attachment: Attachment) -> list[str]:
+    """What the previous result says otherwise. Interfaces and addresses that others chained to it are theirs."""
+    previous = call.config.previous
+    if previous is None:
+        raise InvalidConfig("prevResult is missing, expected the result of the ADD that is to be checked")
+    addresses = {each.address for each in previous.ips}
+    names = {each.name for each in previous.interfaces}
+    found = [f"prevResult has no address {each}" for each in attachment.addresses if str(each) not in addresses]
+    if attachment.key.ifname not in names:
+        found.append(f"prevResult has no interface {attachment.key.ifname}")
+    return found
+
+
+def _fields(attachment: Attachment) -> dict[str, str]:
+    return {
+        "attachment": str(attachment.key),
+        "pod": f"{attachment.pod.namespace}/{attachment.pod.name}" if attachment.pod.name else "",
+        "addresses": ",".join(map(str, attachment.addresses)),
+        "link": attachment.host_ifname,
+    }

@@ -1,0 +1,243 @@
+"""CNI, pure: what the runtime sent becomes a `Call`, what was done becomes the JSON of the version that it speaks.
+
+    CallRequest ─▶ parse() ─▶ Call ─▶ (the daemon acts) ─▶ Attachment ─▶ result() ─▶ stdout bytes
+                       └──────────── CniError ───────────────────────▶ error()  ─▶ stdout bytes
+
+Source: the CNI specification 1.1.0 (section numbers in the docstrings) and its predecessors down to 0.3.1. Between them
+only the shape of the result differs: up to 0.4.0 every address says its family in `version`; `mtu` of an interface
+came with 1.1.0. Unknown keys of a configuration belong to someone else and are passed over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from ipam_daemon.errors import (
+    CniError,
+    IncompatibleVersion,
+    InvalidConfig,
+    InvalidEnvironment,
+    UndecodableConfig,
+    UnsupportedField,
+    code_of,
+)
+from ipam_daemon.model import Address, Attachment, AttachmentKey, Network, PodRef
+
+VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
+DEFAULT_ROUTE = {4: "0.0.0.0/0", 6: "::/0"}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\Z")
+_IFNAME_FORBIDDEN = re.compile(r"[/:\s]")
+COMMANDS = {  # the version that brought each command (CNI 1.1.0, section 2)
+    "ADD": "0.3.1",
+    "DEL": "0.3.1",
+    "CHECK": "0.4.0",
+    "GC": "1.1.0",
+    "STATUS": "1.1.0",
+}
+_K8S_ARGS = {"K8S_POD_NAMESPACE", "K8S_POD_NAME", "K8S_POD_UID", "K8S_POD_INFRA_CONTAINER_ID", "IP", "MAC"}
+
+
+class Dns(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The `dns` of a configuration, handed back in the result as it came."""
+
+    nameservers: tuple[str, ...] = ()
+    domain: str = ""
+    search: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+class PreviousIp(msgspec.Struct, frozen=True, kw_only=True):
+    """One of `prevResult.ips`."""
+
+    address: str
+    gateway: str = ""
+    interface: int | None = None
+
+
+class PreviousInterface(msgspec.Struct, frozen=True, kw_only=True):
+    """One of `prevResult.interfaces`."""
+
+    name: str
+    mac: str = ""
+    sandbox: str = ""
+
+
+class PreviousResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What an earlier ADD returned, as the runtime hands it back."""
+
+    interfaces: tuple[PreviousInterface, ...] = ()
+    ips: tuple[PreviousIp, ...] = ()
+
+
+class ValidAttachment(msgspec.Struct, frozen=True, kw_only=True, rename={"container_id": "containerID"}):
+    """One of `cni.dev/valid-attachments` (section 2, GC)."""
+
+    container_id: str
+    ifname: str
+
+
+class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys of a network configuration that Podwire reads (section 1)."""
+
+    name: str
+    cni_version: str = msgspec.field(name="cniVersion", default="0.2.0")
+    dns: Dns = Dns()
+    previous: PreviousResult | None = msgspec.field(name="prevResult", default=None)
+    valid_attachments: tuple[ValidAttachment, ...] | None = msgspec.field(
+        name="cni.dev/valid-attachments", default=None
+    )
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """A CNI call that is well formed. `issued_ns` is CLOCK_BOOTTIME in nanoseconds, when the executable started."""
+
+    command: str
+    config: NetworkConfig
+    container_id: str
+    ifname: str
+    netns: str
+    pod: PodRef
+    issued_ns: int
+
+    @property
+    def key(self) -> AttachmentKey:
+        """The attachment that the call is about."""
+        return AttachmentKey(self.config.name, self.container_id, self.ifname)
+
+
+# --- in ---------------------------------------------------------------------------------------------------------
+
+
+def parse(*, command: str, container_id: str, netns: str, ifname: str, args: str, stdin: bytes, issued_ns: int) -> Call:
+    """The call that the runtime makes. Raises a CniError of code 1, 4, 6 or 7 that names what is wrong."""
+    if command not in COMMANDS:
+        raise InvalidEnvironment(f"CNI_COMMAND is {command!r}, expected one of {', '.join(COMMANDS)} or VERSION")
+    if command in ("ADD", "CHECK", "DEL"):
+        _check_environment(container_id, ifname, netns if command != "DEL" else None)
+    config = _parse_config(stdin)
+    if _order(config.cni_version) < _order(COMMANDS[command]):
+        raise IncompatibleVersion(
+            f"{command} needs cniVersion {COMMANDS[command]} or later, the configuration says {config.cni_version!r}"
+        )
+    return Call(
+        command=command,
+        config=config,
+        container_id=container_id,
+        ifname=ifname,
+        netns=netns,
+        pod=_parse_args(args),
+        issued_ns=issued_ns,
+    )
+
+
+def version_of(stdin: bytes) -> str:
+    """The cniVersion for an error's JSON, from a configuration that may be anything at all."""
+    try:
+        plain = msgspec.json.decode(stdin)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return VERSIONS[-1]
+    version = plain.get("cniVersion") if isinstance(plain, dict) else None
+    return version if version in VERSIONS else VERSIONS[-1]
+
+
+def _check_environment(container_id: str, ifname: str, netns: str | None) -> None:
+    """All that is wrong with the CNI_ variables in one error (section 2, "Parameters")."""
+    wrong = []
+    if not _NAME.match(container_id):
+        wrong.append(f"CNI_CONTAINERID is {container_id!r}, expected [A-Za-z0-9][A-Za-z0-9_.-]*")
+    if not 1 <= len(ifname.encode()) <= 15 or ifname in (".", "..") or _IFNAME_FORBIDDEN.search(ifname):
+        wrong.append(f"CNI_IFNAME is {ifname!r}, expected 1 to 15 bytes without '/', ':' or white space")
+    if netns == "":
+        wrong.append("CNI_NETNS is missing, expected the path of a network namespace")
+    if wrong:
+        raise InvalidEnvironment("; ".join(wrong))
+
+
+def _parse_config(stdin: bytes) -> NetworkConfig:
+    try:
+        config = msgspec.json.decode(stdin, type=NetworkConfig)
+    except msgspec.ValidationError as error:
+        raise InvalidConfig(f"network configuration: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UndecodableConfig(f"standard input is not a network configuration in JSON: {error}") from error
+    if config.cni_version not in VERSIONS:
+        raise IncompatibleVersion(
+            f"cniVersion is {config.cni_version!r}, expected one of {', '.join(VERSIONS)}",
+        )
+    if not _NAME.match(config.name):
+        raise InvalidConfig(f"name is {config.name!r}, expected [A-Za-z0-9][A-Za-z0-9_.-]*")
+    return config
+
+
+def _parse_args(args: str) -> PodRef:
+    """CNI_ARGS: `K=V;K=V`. Keys that Podwire does not know are an error unless IgnoreUnknown says otherwise."""
+    pairs: dict[str, str] = {}
+    for item in filter(None, args.split(";")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InvalidEnvironment(f"CNI_ARGS holds {item!r}, expected KEY=VALUE pairs separated by ';'")
+        pairs[key] = value
+    tolerant = pairs.pop("IgnoreUnknown", "").lower() in ("1", "true")
+    unknown = sorted(pairs.keys() - _K8S_ARGS)
+    if unknown and not tolerant:
+        raise InvalidEnvironment(
+            f"CNI_ARGS has unknown keys {', '.join(unknown)}; set IgnoreUnknown=1 to pass them over"
+        )
+    requested = sorted(pairs.keys() & {"IP", "MAC"})
+    if requested:
+        raise UnsupportedField(f"CNI_ARGS asks for {requested[0]}={pairs[requested[0]]}: requests are not honoured yet")
+    return PodRef(
+        namespace=pairs.get("K8S_POD_NAMESPACE", ""),
+        name=pairs.get("K8S_POD_NAME", ""),
+        uid=pairs.get("K8S_POD_UID", ""),
+    )
+
+
+def _order(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+# --- out --------------------------------------------------------------------------------------------------------
+
+
+def result(attachment: Attachment, gateways: Mapping[Network, Address], config: NetworkConfig) -> bytes:
+    """The success of an ADD (section 5, "Result types"), in the shape of the configuration's version.
+
+    `gateways` maps a block to the address that pods in it use as their gateway.
+    """
+    version = config.cni_version
+    old, newest = _order(version) < (1, 0, 0), _order(version) >= (1, 1, 0)
+    mtu = {"mtu": attachment.mtu} if newest else {}
+    ips: list[dict[str, Any]] = []
+    routes = []
+    for interface in attachment.addresses:
+        gateway = str(gateways[interface.network])
+        family = {"version": str(interface.version)} if old else {}
+        ips.append({**family, "interface": 1, "address": str(interface), "gateway": gateway})
+        routes.append({"dst": DEFAULT_ROUTE[interface.version], "gw": gateway})
+    plain: dict[str, Any] = {
+        "cniVersion": version,
+        "interfaces": [
+            {"name": attachment.host_ifname, **mtu},
+            {"name": attachment.key.ifname, "mac": attachment.mac, **mtu, "sandbox": attachment.netns},
+        ],
+        "ips": ips,
+        "routes": routes,
+    }
+    dns = msgspec.to_builtins(config.dns)
+    if dns:
+        plain["dns"] = dns
+    return msgspec.json.encode(plain) + b"\n"
+
+
+def error(failure: BaseException, version: str) -> bytes:
+    """The failure as CNI's error JSON (section 5, "Error"), one line."""
+    plain = {"cniVersion": version, "code": code_of(failure), "msg": str(failure) or type(failure).__name__}
+    details = failure.details if isinstance(failure, CniError) else ""
+    if details:
+        plain["details"] = details
+    return msgspec.json.encode(plain) + b"\n"

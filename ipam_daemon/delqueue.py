@@ -1,0 +1,82 @@
+"""DELs that the executable could not deliver, replayed.
+
+While the daemon is away the executable writes each DEL to a file and tells the runtime that it succeeded (DESIGN.md
+§3), so what lies here is owed. It is replayed before the daemon takes its first call, and again every few seconds, for
+an executable that lost its patience with a daemon that was only slow. A file goes when its DEL is done; one that cannot
+be read is set aside and counted. DELs of an earlier boot are done: their namespaces died with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from ipam_daemon.attachments import Attachments
+from ipam_daemon.errors import CniError
+from ipam_daemon.identity import sync_directory
+from ipam_daemon.metrics import Metrics
+from ipam_daemon.requests import parse_request
+from podwire.errors import TryAgain
+from podwire.v1 import cni_pb2
+
+_INTERVAL = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class DelQueue:
+    """The queue's folder, from the daemon's side."""
+
+    def __init__(self, directory: Path, attachments: Attachments, metrics: Metrics, boot_id: str) -> None:
+        self._directory = directory
+        self._attachments = attachments
+        self._metrics = metrics
+        self._boot_id = boot_id
+
+    async def replay(self) -> int:
+        """Does every DEL that waits, oldest first. Returns how many are done."""
+        done = 0
+        for path in self._waiting():
+            result = await self._replay_one(path)
+            self._metrics.replayed.labels(result).inc()
+            if result == "bad":
+                path.rename(path.with_suffix(".bad"))
+            elif result != "later":
+                path.unlink(missing_ok=True)
+                done += 1
+        if done:
+            sync_directory(self._directory)
+        return done
+
+    def _waiting(self) -> list[Path]:
+        return sorted(self._directory.glob("*.del"))
+
+    async def replay_forever(self) -> None:
+        """Replays every few seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(_INTERVAL)
+            await self.replay()
+
+    async def _replay_one(self, path: Path) -> str:
+        try:
+            request = _read(path)
+            if request.boot_id != self._boot_id:
+                return "earlier-boot"
+            await self._attachments.delete(parse_request(request))
+        except FileNotFoundError:
+            return "done"
+        except TryAgain as error:
+            log.warning("a queued DEL waits: %s", error, extra={"fields": {"file": path.name}})
+            return "later"
+        except (DecodeError, CniError) as error:
+            log.error("a queued DEL cannot be done: %s", error, extra={"fields": {"file": path.name}})
+            return "bad"
+        log.info("replayed a queued DEL", extra={"fields": {"file": path.name, "container": request.container_id}})
+        return "done"
+
+
+def _read(path: Path) -> cni_pb2.CallRequest:
+    return cni_pb2.CallRequest.FromString(path.read_bytes())

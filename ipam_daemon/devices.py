@@ -1,0 +1,171 @@
+"""The node's own devices: the bridge that pods hang on and the VXLAN device towards the other nodes.
+
+Both are brought to their plan level by level: what is right already is not touched, so a restart changes nothing and
+drops nothing. A device of our name with another shape (VNI, port, underlay address) is made anew, because the kernel
+cannot change those in place; a device of our name and another kind is somebody else's, and is refused.
+
+Traffic between pods of one node must cross the node's firewall: the bridge's own `nf_call_iptables` and
+`nf_call_ip6tables` say so for this bridge alone, whatever the global sysctls are.
+
+Every function here runs on the netlink thread.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+from ipam_daemon.errors import PlumbingFailed, TryAgainLater
+from ipam_daemon.model import Address, Interface
+from ipam_daemon.netlink import NetlinkThread, index_of, naming, write_sysctl
+from ipam_daemon.plan import BridgePlan, VxlanPlan
+
+_UP = "up"
+
+
+class Devices:
+    """Bridge and VXLAN device of this node."""
+
+    def __init__(self, thread: NetlinkThread) -> None:
+        self._thread = thread
+
+    def ensure_bridge(self, plan: BridgePlan) -> list[str]:
+        """Brings the bridge to its plan. Returns what had to be done, in words; empty when all was well."""
+        done: list[str] = []
+        if not index_of(plan.name):
+            with naming(f"bridge {plan.name}"):
+                self._thread.host.link(
+                    "add",
+                    ifname=plan.name,
+                    kind="bridge",
+                    address=plan.mac,
+                    mtu=plan.mtu,
+                    br_nf_call_iptables=1,
+                    br_nf_call_ip6tables=1,
+                )
+            done.append(f"made bridge {plan.name}")
+        index = index_of(plan.name)
+        link = self._link(index)
+        _refuse_foreign(link, plan.name, "bridge")
+        data = link.get(("linkinfo", "data")) or {}
+        if not (data.get("br_nf_call_iptables") and data.get("br_nf_call_ip6tables")):
+            with naming(f"nf_call_iptables of {plan.name}"):
+                self._thread.host.link("set", index=index, kind="bridge", br_nf_call_iptables=1, br_nf_call_ip6tables=1)
+            done.append(f"set nf_call_iptables of {plan.name}")
+        done += self._ensure_common(index, link, plan.mac, plan.mtu, plan.addresses)
+        self._ensure_sysctls(plan)
+        return done
+
+    def ensure_vxlan(self, plan: VxlanPlan) -> list[str]:
+        """Brings the VXLAN device to its plan. Returns what had to be done, in words."""
+        done: list[str] = []
+        index = index_of(plan.name)
+        if index:
+            link = self._link(index)
+            _refuse_foreign(link, plan.name, "vxlan")
+            if not _same_tunnel(link, plan):
+                with naming(f"replacing {plan.name}"):
+                    self._thread.host.link("del", index=index)
+                done.append(f"removed {plan.name}, which had another shape")
+        if not index_of(plan.name):
+            self._make_vxlan(plan)
+            done.append(f"made {plan.name}")
+        index = index_of(plan.name)
+        return done + self._ensure_common(index, self._link(index), plan.mac, plan.mtu, plan.addresses)
+
+    def _make_vxlan(self, plan: VxlanPlan) -> None:
+        local = {"vxlan_local" if plan.local.version == 4 else "vxlan_local6": str(plan.local)}
+        with naming(f"VXLAN device {plan.name} (VNI {plan.vni}, UDP port {plan.port})"):
+            self._thread.host.link(
+                "add",
+                ifname=plan.name,
+                kind="vxlan",
+                address=plan.mac,
+                mtu=plan.mtu,
+                vxlan_id=plan.vni,
+                vxlan_port=plan.port,
+                vxlan_learning=0,
+                **local,
+            )
+
+    def _ensure_common(self, index: int, link: Any, mac: str, mtu: int, addresses: Iterable[Interface]) -> list[str]:
+        name, done = link.get("ifname"), []
+        wrong: dict[str, object] = {}
+        if link.get("address") != mac:
+            wrong["address"] = mac
+        if link.get("mtu") != mtu:
+            wrong["mtu"] = mtu
+        if link.get("state") != _UP:
+            wrong["state"] = _UP
+        if wrong:
+            with naming(f"{name}: setting {', '.join(wrong)}"):
+                self._thread.host.link("set", index=index, **wrong)
+            done.append(f"set {', '.join(wrong)} of {name}")
+        return done + self._ensure_addresses(index, name, addresses)
+
+    def _ensure_addresses(self, index: int, name: str, wanted: Iterable[Interface]) -> list[str]:
+        there = {
+            ipaddress.ip_interface(f"{each.get('address')}/{each['prefixlen']}")
+            for each in self._thread.host.get_addr(index=index)
+        }
+        done = []
+        for interface in wanted:
+            if interface not in there:
+                with naming(f"address {interface} on {name}"):
+                    self._thread.host.addr(
+                        "add", index=index, address=str(interface.ip), prefixlen=interface.network.prefixlen
+                    )
+                done.append(f"added {interface} to {name}")
+        return done
+
+    def _ensure_sysctls(self, plan: BridgePlan) -> None:
+        """A node forwards; and it never tells a pod of a shorter way, which would go round the firewall and NAT.
+
+        Redirects are sent when `all` or the interface says so (ip-sysctl: send_redirects), hence both.
+        """
+        for interface in plan.addresses:
+            forwarding = "net/ipv4/ip_forward" if interface.version == 4 else "net/ipv6/conf/all/forwarding"
+            write_sysctl(forwarding, "1")
+        for name in ("all", plan.name):
+            write_sysctl(f"net/ipv4/conf/{name}/send_redirects", "0")
+
+    def _link(self, index: int) -> Any:
+        return self._thread.host.get_links(index)[0]
+
+    # --- the underlay
+
+    def default_addresses(self) -> tuple[Address, ...]:
+        """The address from which this node reaches the world by its default route. Empty when it has none."""
+        for route in self._thread.host.get_routes(family=socket.AF_INET):
+            if route["dst_len"] == 0 and route.get("oif"):
+                if route.get("prefsrc"):
+                    return (ipaddress.ip_address(route.get("prefsrc")),)
+                for each in self._thread.host.get_addr(index=route.get("oif"), family=socket.AF_INET):
+                    return (ipaddress.ip_address(each.get("address")),)
+        return ()
+
+    def underlay_mtu(self, local: Address) -> int:
+        """The MTU of the interface that has the address `local`, in bytes.
+
+        Raises TryAgainLater when no interface has it.
+        """
+        for each in self._thread.host.get_addr(family=socket.AF_INET if local.version == 4 else socket.AF_INET6):
+            if each.get("local", each.get("address")) == str(local) or each.get("address") == str(local):
+                return int(self._link(each["index"]).get("mtu"))
+        raise TryAgainLater(f"no interface of this node has the node address {local}")
+
+
+def _refuse_foreign(link: Any, name: str, kind: str) -> None:
+    found = link.get(("linkinfo", "kind"))
+    if found != kind:
+        raise PlumbingFailed(
+            f"{name} exists and is a {found or 'device without kind'}, expected a {kind}; it is not ours"
+        )
+
+
+def _same_tunnel(link: Any, plan: VxlanPlan) -> bool:
+    data = link.get(("linkinfo", "data"))
+    local = data.get("vxlan_local") or data.get("vxlan_local6")
+    return (data.get("vxlan_id"), data.get("vxlan_port"), local) == (plan.vni, plan.port, str(plan.local))

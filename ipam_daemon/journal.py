@@ -1,0 +1,207 @@
+"""The journal: which attachment has which addresses inside this node's blocks. It outlives the process, not the boot.
+
+A row is written before the kernel is touched (intent), and marked after (commit), so that whatever a killed daemon
+leaves is either described here or was never begun. It is SQLite in WAL mode without fsync: the page cache holds what a
+killed process wrote, and what the journal describes, the node's namespaces, dies with the machine anyway. One insert
+costs 40–60 µs, and so runs on the event loop.
+
+The tables, one row per …
+
+    attachment   (network, container id, interface) that ADD made or is making; `body` is the Attachment as JSON
+    releasing    host interface that DEL has taken down and whose deletion is not yet seen
+    cooling      address that is not to be reused before `until`
+    block        block of this node, so that pods start while etcd is away
+    meta         the boot that the rest belongs to, the last address given, whether the peers were programmed once
+
+A file of another boot is emptied but for its blocks: nothing else in it exists any more. A file that SQLite cannot read
+is set aside under a name of its own, and the caller is told to rebuild from the kernel.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from ipam_daemon.model import Address, Attachment, AttachmentKey, AttachmentState, Block, Interface, decode, encode
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS attachment (
+    network TEXT, container_id TEXT, ifname TEXT, body BLOB NOT NULL,
+    PRIMARY KEY (network, container_id, ifname)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS releasing (host_ifname TEXT PRIMARY KEY, addresses TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS cooling (address TEXT PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS block (cidr TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+
+class Releasing(msgspec.Struct, frozen=True, kw_only=True):
+    """A wire that is being deleted, and the addresses that are free once it is gone."""
+
+    host_ifname: str
+    addresses: tuple[Interface, ...]
+
+
+class Journal:
+    """The journal of one node. Not thread-safe: it belongs to the event loop's thread."""
+
+    def __init__(self, path: Path, boot_id: str) -> None:
+        """Opens the journal at `path`, or begins one. `boot_id` is /proc/sys/kernel/random/boot_id.
+
+        `set_aside` is where a file that could not be read was moved to, None in the ordinary case.
+        """
+        self.set_aside: Path | None = None
+        try:
+            self._db = _open(path)
+        except sqlite3.OperationalError:  # no such folder, disk full, locked: nothing is wrong with the file
+            raise
+        except sqlite3.DatabaseError:
+            self.set_aside = path.with_name(f"{path.name}.corrupt-{time.time_ns()}")
+            path.rename(self.set_aside)
+            for companion in ("-wal", "-shm"):
+                path.with_name(path.name + companion).unlink(missing_ok=True)
+            self._db = _open(path)
+        if self.meta("boot_id") != boot_id:
+            with self._transaction():
+                for table in ("attachment", "releasing", "cooling", "meta"):
+                    self._db.execute(f"DELETE FROM {table}")
+                self.set_meta("boot_id", boot_id)
+
+    def close(self) -> None:
+        """Closes the file; everything written is in it."""
+        self._db.close()
+
+    # --- attachments
+
+    def intend(self, attachment: Attachment) -> None:
+        """Records that a wire is about to be made. Raises sqlite3.IntegrityError when the key has a row."""
+        with self._transaction():
+            self._insert(attachment)
+            self.set_meta("last", ",".join(str(each.ip) for each in attachment.addresses))
+
+    def adopt(self, attachment: Attachment) -> None:
+        """Records a wire that was found in the kernel when the journal was lost."""
+        self._insert(attachment)
+
+    def commit(self, attachment: Attachment) -> Attachment:
+        """Records that the wire is made, and returns the attachment as it now stands."""
+        attached = msgspec.structs.replace(attachment, state=AttachmentState.ATTACHED)
+        self._db.execute(
+            "UPDATE attachment SET body = ? WHERE network = ? AND container_id = ? AND ifname = ?",
+            (encode(attached), *_row_key(attachment.key)),
+        )
+        return attached
+
+    def get(self, key: AttachmentKey) -> Attachment | None:
+        """The attachment of `key`, None when there is none or only one that is releasing."""
+        row = self._db.execute(
+            "SELECT body FROM attachment WHERE network = ? AND container_id = ? AND ifname = ?", _row_key(key)
+        ).fetchone()
+        return decode(row[0], Attachment) if row else None
+
+    def attachments(self) -> tuple[Attachment, ...]:
+        """Every attachment that is not releasing."""
+        return tuple(decode(body, Attachment) for (body,) in self._db.execute("SELECT body FROM attachment"))
+
+    def forget(self, key: AttachmentKey) -> None:
+        """Removes the row of an ADD that made no wire."""
+        self._db.execute("DELETE FROM attachment WHERE network = ? AND container_id = ? AND ifname = ?", _row_key(key))
+
+    # --- on the way out
+
+    def release(self, attachment: Attachment) -> None:
+        """Turns the attachment into a wire to be deleted, in one transaction."""
+        with self._transaction():
+            self.forget(attachment.key)
+            self._db.execute(
+                "INSERT OR REPLACE INTO releasing VALUES (?, ?)",
+                (attachment.host_ifname, ",".join(map(str, attachment.addresses))),
+            )
+
+    def releasing(self) -> tuple[Releasing, ...]:
+        """Every wire that is to be deleted."""
+        rows = self._db.execute("SELECT host_ifname, addresses FROM releasing").fetchall()
+        return tuple(
+            Releasing(
+                host_ifname=name,
+                addresses=tuple(ipaddress.ip_interface(text) for text in filter(None, texts.split(","))),
+            )
+            for name, texts in rows
+        )
+
+    def cool(self, gone: Iterable[Releasing], until: float) -> None:
+        """Records wires that were seen gone; their addresses cool until `until` (seconds since the epoch)."""
+        with self._transaction():
+            for each in gone:
+                self._db.execute("DELETE FROM releasing WHERE host_ifname = ?", (each.host_ifname,))
+                self._db.executemany(
+                    "INSERT OR REPLACE INTO cooling VALUES (?, ?)", [(str(a.ip), until) for a in each.addresses]
+                )
+            self._db.execute("DELETE FROM cooling WHERE until < ?", (time.time(),))
+
+    def cooling(self) -> dict[Address, float]:
+        """Address → when it is cool, in seconds since the epoch."""
+        return {ipaddress.ip_address(a): until for a, until in self._db.execute("SELECT address, until FROM cooling")}
+
+    # --- the node
+
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks that etcd last said are this node's."""
+        return tuple(decode(body, Block) for (body,) in self._db.execute("SELECT body FROM block"))
+
+    def set_blocks(self, blocks: Iterable[Block]) -> None:
+        """Records the blocks that etcd says are this node's."""
+        with self._transaction():
+            self._db.execute("DELETE FROM block")
+            self._db.executemany("INSERT INTO block VALUES (?, ?)", [(str(b.cidr), encode(b)) for b in blocks])
+
+    def last(self) -> tuple[Address, ...]:
+        """The addresses that were handed out last, one per family."""
+        return tuple(ipaddress.ip_address(text) for text in filter(None, (self.meta("last") or "").split(",")))
+
+    def meta(self, name: str) -> str | None:
+        """A value by name."""
+        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return str(row[0]) if row else None
+
+    def set_meta(self, name: str, value: str) -> None:
+        """Records a value by name."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of the block or, when it raises, none of it."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def _insert(self, attachment: Attachment) -> None:
+        self._db.execute("INSERT INTO attachment VALUES (?, ?, ?, ?)", (*_row_key(attachment.key), encode(attachment)))
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = OFF")
+        db.executescript(_SCHEMA)
+        if db.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError(f"{path}: quick_check failed")
+    except sqlite3.DatabaseError:
+        db.close()
+        raise
+    return db
+
+
+def _row_key(key: AttachmentKey) -> tuple[str, str, str]:
+    return key.network, key.container_id, key.ifname

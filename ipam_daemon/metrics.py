@@ -1,0 +1,55 @@
+"""The daemon's Prometheus metrics, all in one registry that is made with the daemon (no globals).
+
+Latencies are by command and phase: `total` is from the call's arrival to its answer, the others are its parts, so that
+a slow ADD says where it was slow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
+
+class Metrics:
+    """Names begin with `podwire_`; docs/metrics.md lists them."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.seconds = Histogram(
+            "podwire_cni_seconds", "CNI calls by phase", ["command", "phase"], registry=self.registry, buckets=_BUCKETS
+        )
+        self.calls = Counter(
+            "podwire_cni_calls", "CNI calls by their code (0: success)", ["command", "code"], registry=self.registry
+        )
+        self.addresses = Gauge(
+            "podwire_pool_addresses",
+            "Addresses of this node's blocks",
+            ["pool", "block", "state"],
+            registry=self.registry,
+        )
+        self.attachments = Gauge("podwire_attachments", "Attachments in the journal", registry=self.registry)
+        self.peers = Gauge("podwire_peers", "Other nodes whose pods are reached", registry=self.registry)
+        self.etcd_connected = Gauge("podwire_etcd_connected", "1 while etcd answers", registry=self.registry)
+        self.etcd_failures = Counter("podwire_etcd_failures", "Calls to etcd that failed", registry=self.registry)
+        self.ready = Gauge("podwire_ready", "1 while an ADD can succeed", registry=self.registry)
+        self.repairs = Counter("podwire_repairs", "What reconcile had to put right", ["what"], registry=self.registry)
+        self.replayed = Counter(
+            "podwire_queued_dels", "DELs replayed from the queue", ["result"], registry=self.registry
+        )
+        self.releasing_wires = Gauge(
+            "podwire_releasing_wires", "Wires waiting for their deletion", registry=self.registry
+        )
+
+    @contextmanager
+    def phase(self, command: str, phase: str) -> Iterator[None]:
+        """Times the block."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds.labels(command, phase).observe(time.perf_counter() - began)

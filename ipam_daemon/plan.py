@@ -1,0 +1,260 @@
+"""What the kernel of this node should hold: pure, a function of the configuration, this node's record and its peers.
+
+    ┌─ node ──────────────────────────────────────────────────────────────────┐
+    │  pod ──veth── pw0 (bridge, gateway of every block)                       │
+    │                │                                                         │
+    │                ├── 10.244.1.0/24            connected: this node's pods  │
+    │                ├── 10.244.2.0/24 via 10.244.2.2 dev pw-vxlan onlink      │──▶ UDP 4789 to the peer
+    │                └── default                  masqueraded, as are nodes    │
+    └─────────────────────────────────────────────────────────────────────────┘
+
+For each peer there is one route a block, and one neighbour entry and one FDB entry a VTEP, all permanent: nothing is
+learnt, nothing is resolved, and the cost is three small kernel objects a peer. The inner MAC finds the underlay address
+(FDB), the VTEP's address finds the inner MAC (neighbour), the pod's address finds the VTEP (route).
+
+MACs are made from addresses (`0a:58` and the four bytes of an IPv4 address; for IPv6 the last four of a hash), so an
+address that moves to a new pod keeps its MAC, and no neighbour entry anywhere is ever stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from ipam_daemon.allocator import Layout
+from ipam_daemon.cni import Call
+from ipam_daemon.model import (
+    Address,
+    Attachment,
+    AttachmentKey,
+    AttachmentState,
+    Block,
+    ClusterConfig,
+    Interface,
+    Network,
+    NodeRecord,
+)
+
+BRIDGE = "pw0"
+VXLAN = "pw-vxlan"
+VXLAN_OVERHEAD = {4: 50, 6: 70}
+"""Bytes that VXLAN adds over an underlay of each family: outer IP, UDP 8, VXLAN 8, inner Ethernet 14 (RFC 7348)."""
+ALIAS_LIMIT = 255
+"""Longest interface alias that the kernel takes, in bytes (IFALIASZ in if.h, less the NUL)."""
+NEVER_MASQUERADED = (ipaddress.ip_network("224.0.0.0/4"), ipaddress.ip_network("ff00::/8"))
+
+
+class BridgePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """The bridge of this node. `addresses` are the gateways, with the prefix length of their blocks."""
+
+    name: str
+    mac: str
+    mtu: int
+    addresses: tuple[Interface, ...]
+
+
+class VxlanPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """The VXLAN device of this node. `addresses` are its VTEP addresses as host routes (/32, /128)."""
+
+    name: str
+    vni: int
+    port: int
+    local: Address
+    mac: str
+    mtu: int
+    addresses: tuple[Interface, ...]
+
+
+class RoutePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """A peer's block: `gateway` is its VTEP, taken as on-link."""
+
+    gateway: Address
+    device: str
+
+
+class PeersPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel holds for all peers together."""
+
+    neighbours: Mapping[Address, str]  # VTEP address → MAC
+    fdb: Mapping[str, Address]  # MAC → address on the underlay
+    routes: Mapping[Network, RoutePlan]
+
+
+class FirewallPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """The elements of this node's nft sets; the rules around them never change.
+
+    A packet from `local_blocks` to anywhere but `unmasqueraded` leaves with the node's address. VXLAN is taken from
+    `vteps` alone, and no pod may send it; None while the peers are not known, and then the kernel's stay.
+    """
+
+    local_blocks: frozenset[Network]
+    unmasqueraded: frozenset[Network]
+    vteps: frozenset[Address] | None
+    vxlan_port: int
+
+
+class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that the kernel of this node should hold, apart from the pods' own wires."""
+
+    bridge: BridgePlan
+    vxlan: VxlanPlan
+    peers: PeersPlan | None
+    firewall: FirewallPlan
+
+
+def plan_node(
+    config: ClusterConfig,
+    record: NodeRecord,
+    blocks: Iterable[Block],
+    peers: Iterable[NodeRecord] | None,
+    underlay_mtu: int,
+    mtu: int = 0,
+) -> NodePlan:
+    """The desired state of the node that `record` is about. `underlay_mtu` and `mtu` (0: made from it) are in bytes.
+
+    `blocks` are the node's own, at least one; records among `peers` that are this node's, or not complete yet, are
+    passed over: they come again when they change. None for `peers` says that they are not known, and nothing that the
+    kernel has of them may be removed.
+    """
+    cidrs = [block.cidr for block in blocks]
+    others = None if peers is None else _others(record.name, peers)
+    mtu = mtu or pod_mtu(record, underlay_mtu)
+    layouts = {cidr: Layout.of(cidr) for cidr in cidrs}
+    return NodePlan(
+        bridge=BridgePlan(
+            name=BRIDGE,
+            mac=mac_of(layouts[cidrs[0]].gateway),
+            mtu=mtu,
+            addresses=tuple(ipaddress.ip_interface(f"{layouts[cidr].gateway}/{cidr.prefixlen}") for cidr in cidrs),
+        ),
+        vxlan=VxlanPlan(
+            name=VXLAN,
+            vni=config.backend.vni,
+            port=config.backend.port,
+            local=record.addresses[0],
+            mac=record.vtep_mac,
+            mtu=mtu,
+            addresses=tuple(ipaddress.ip_interface(address) for address in record.vtep_addresses),
+        ),
+        peers=None if others is None else plan_peers(others),
+        firewall=FirewallPlan(
+            local_blocks=frozenset(cidrs),
+            unmasqueraded=frozenset({*(pool.cidr for pool in config.pools), *NEVER_MASQUERADED}),
+            vteps=None if others is None else frozenset(address for peer in others for address in peer.addresses),
+            vxlan_port=config.backend.port,
+        ),
+    )
+
+
+def plan_peers(peers: Iterable[NodeRecord]) -> PeersPlan:
+    """Routes, neighbours and FDB entries towards `peers`. Of two records that claim one thing, the first has it."""
+    neighbours: dict[Address, str] = {}
+    fdb: dict[str, Address] = {}
+    routes: dict[Network, RoutePlan] = {}
+    for peer in peers:
+        fdb.setdefault(peer.vtep_mac, peer.addresses[0])
+        for vtep in peer.vtep_addresses:
+            neighbours.setdefault(vtep, peer.vtep_mac)
+        for cidr in peer.blocks:
+            gateway = next((vtep for vtep in peer.vtep_addresses if vtep.version == cidr.version), None)
+            if gateway is not None:
+                routes.setdefault(cidr, RoutePlan(gateway=gateway, device=VXLAN))
+    return PeersPlan(neighbours=neighbours, fdb=fdb, routes=routes)
+
+
+def plan_record(
+    name: str, node_id: str, generation: int, addresses: tuple[Address, ...], blocks: Iterable[Block], version: str
+) -> NodeRecord:
+    """What this node tells its peers: its VTEP is in the first of its blocks of each family."""
+    vteps: dict[int, Address] = {}
+    cidrs = [block.cidr for block in blocks]
+    for cidr in cidrs:
+        vteps.setdefault(cidr.version, Layout.of(cidr).vtep)
+    return NodeRecord(
+        name=name,
+        node_id=node_id,
+        generation=generation,
+        addresses=addresses,
+        vtep_mac=mac_of(next(iter(vteps.values()))) if vteps else "",
+        vtep_addresses=tuple(vteps.values()),
+        blocks=tuple(cidrs),
+        version=version,
+    )
+
+
+def plan_attachment(call: Call, addresses: tuple[Interface, ...], mtu: int, now: float) -> Attachment:
+    """The wire of an ADD. The host's interface is named after the attachment and the moment, so that a container that
+    is added again while its old wire is still being deleted gets another name."""
+    digest = hashlib.sha256(f"{call.key} {call.issued_ns} {addresses}".encode()).hexdigest()
+    return Attachment(
+        key=call.key,
+        netns=call.netns,
+        host_ifname=f"pw{digest[:12]}",
+        mac=mac_of(addresses[0].ip),
+        mtu=mtu,
+        addresses=addresses,
+        pod=call.pod,
+        created=now,
+        created_ns=call.issued_ns,
+    )
+
+
+def gateways(blocks: Iterable[Block]) -> dict[Network, Address]:
+    """Block → the gateway of the pods in it."""
+    return {block.cidr: Layout.of(block.cidr).gateway for block in blocks}
+
+
+def pod_mtu(record: NodeRecord, underlay_mtu: int) -> int:
+    """The MTU of pods and of the VXLAN device, in bytes."""
+    return underlay_mtu - VXLAN_OVERHEAD[record.addresses[0].version]
+
+
+def mac_of(address: Address) -> str:
+    """The locally administered MAC that belongs to an address."""
+    tail = address.packed if address.version == 4 else hashlib.sha256(address.packed).digest()[:4]
+    return ":".join(f"{byte:02x}" for byte in b"\x0a\x58" + tail)
+
+
+# --- what a wire says about itself, so that a lost journal can be rebuilt from the kernel -------------------------
+
+
+def alias_of(attachment: Attachment) -> str:
+    """The alias of the host's interface: who it belongs to and which addresses it has. Empty when it would not fit."""
+    addresses = ",".join(map(str, attachment.addresses))
+    alias = f"podwire {attachment.key} {addresses} {attachment.created_ns}"
+    return alias if len(alias.encode()) <= ALIAS_LIMIT else ""
+
+
+def attachment_of(alias: str, host_ifname: str, mtu: int, now: float) -> Attachment | None:
+    """The attachment that an alias describes, None when the alias is not ours. Its netns is not known."""
+    try:
+        mark, key, addresses, created_ns = alias.split(" ")
+        network, container_id, ifname = key.split("/")
+        interfaces = tuple(ipaddress.ip_interface(each) for each in addresses.split(","))
+        created = int(created_ns)
+    except ValueError:
+        return None
+    if mark != "podwire":
+        return None
+    return Attachment(
+        key=AttachmentKey(network, container_id, ifname),
+        netns="",
+        host_ifname=host_ifname,
+        mac=mac_of(interfaces[0].ip),
+        mtu=mtu,
+        addresses=interfaces,
+        state=AttachmentState.ATTACHED,
+        created=now,
+        created_ns=created,
+    )
+
+
+def _others(name: str, peers: Iterable[NodeRecord]) -> list[NodeRecord]:
+    return sorted((peer for peer in peers if peer.name != name and _is_complete(peer)), key=lambda peer: peer.name)
+
+
+def _is_complete(peer: NodeRecord) -> bool:
+    return bool(peer.addresses and peer.vtep_mac and peer.vtep_addresses)

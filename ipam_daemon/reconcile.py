@@ -1,0 +1,63 @@
+"""Attachments against the kernel, periodically: what somebody took apart is mended, what nobody has is freed.
+
+A wire dies with its pod's namespace, and a pod without a namespace runs no more. So a journaled wire that the kernel no
+longer has belongs to nobody, and its address is freed after it was missed in two rounds: the runtime's own DEL is
+usually on its way, and comes first. No API is asked, since what an API says of a pod lags behind what runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from ipam_daemon.attachments import Attachments
+from ipam_daemon.errors import CniError
+from ipam_daemon.identity import boottime_ns
+from ipam_daemon.journal import Journal
+from ipam_daemon.metrics import Metrics
+from ipam_daemon.model import AttachmentKey, AttachmentState
+from ipam_daemon.netlink import NetlinkThread
+from ipam_daemon.wires import Wires, WireState
+
+log = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """The periodic round over this node's attachments."""
+
+    def __init__(
+        self, journal: Journal, attachments: Attachments, thread: NetlinkThread, wires: Wires, metrics: Metrics
+    ) -> None:
+        self._journal = journal
+        self._attachments = attachments
+        self._thread = thread
+        self._wires = wires
+        self._metrics = metrics
+        self._missed: frozenset[AttachmentKey] = frozenset()
+
+    async def run_forever(self, interval: float) -> None:
+        """A round every `interval` seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(interval)
+            try:
+                await self.round()
+            except CniError as error:
+                log.warning("reconciling attachments failed, trying again in %g s: %s", interval, error)
+
+    async def round(self) -> None:
+        """Looks at every attachment once. One wire at a time, so that an ADD never waits for the whole round."""
+        moment = boottime_ns()
+        missed = set()
+        for attachment in self._journal.attachments():
+            if attachment.state is not AttachmentState.ATTACHED or attachment.created_ns >= moment:
+                continue
+            state = await self._thread.run(self._wires.mend, attachment)
+            if state is WireState.MENDED:
+                self._metrics.repairs.labels("port").inc()
+                log.warning("put a port back into the bridge", extra={"fields": {"link": attachment.host_ifname}})
+            elif state is WireState.GONE and attachment.key in self._missed:
+                await self._attachments.forget(attachment, moment)
+                self._metrics.repairs.labels("vanished-wire").inc()
+            elif state is WireState.GONE:
+                missed.add(attachment.key)
+        self._missed = frozenset(missed)

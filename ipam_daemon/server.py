@@ -1,0 +1,152 @@
+"""The gRPC services on the node's socket: CNI for the executable, Agent for tools.
+
+A CNI call that was begun is finished whether or not its caller still waits: the executable may be killed, or give up,
+and half a wire is worse than one too many (the runtime deletes what it got no answer for). SIGTERM stops new calls and
+waits for those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from ipam_daemon import cni
+from ipam_daemon.attachments import Attachments
+from ipam_daemon.errors import CniError, TryAgainLater, Unavailable, code_of
+from ipam_daemon.journal import Journal
+from ipam_daemon.metrics import Metrics
+from ipam_daemon.model import Attachment, AttachmentState
+from ipam_daemon.requests import API_MAX, negotiate, parse_request
+from podwire.v1 import agent_pb2, agent_pb2_grpc, cni_pb2, cni_pb2_grpc
+
+_LARGEST_MESSAGE = 32 << 20  # bytes; the executable refuses configurations long before that
+
+log = logging.getLogger(__name__)
+
+
+class CniService(cni_pb2_grpc.CNIServicer):
+    """CNI calls. CNI errors are answers, never gRPC statuses."""
+
+    def __init__(self, attachments: Attachments, metrics: Metrics, not_ready: Callable[[], list[str]]) -> None:
+        """`not_ready` says why an ADD cannot succeed now; empty when it can."""
+        self._attachments = attachments
+        self._metrics = metrics
+        self._not_ready = not_ready
+
+    async def Call(self, request: cni_pb2.CallRequest, context: Any) -> cni_pb2.CallResponse:  # noqa: N802, ARG002
+        """Answers one call; see proto/podwire/v1/cni.proto."""
+        return await asyncio.shield(asyncio.ensure_future(self._answer(request)))
+
+    async def _answer(self, request: cni_pb2.CallRequest) -> cni_pb2.CallResponse:
+        api, code = API_MAX, 0
+        command = request.command if request.command in cni.COMMANDS else "other"
+        with self._metrics.phase(command, "total"):
+            try:
+                api = negotiate(request)
+                stdout = await self._act(request)
+            except Exception as error:
+                failure = TryAgainLater(f"the journal: {error}") if isinstance(error, sqlite3.Error) else error
+                code = code_of(failure)
+                if isinstance(failure, CniError):
+                    log.warning("%s failed: %s", request.command, failure, extra={"fields": _fields(request, code)})
+                else:
+                    log.exception("%s failed", request.command, extra={"fields": _fields(request, code)})
+                stdout = cni.error(failure, cni.version_of(request.stdin))
+        self._metrics.calls.labels(command, str(code)).inc()
+        return cni_pb2.CallResponse(api=api, stdout=stdout, exit_code=1 if code else 0)
+
+    async def _act(self, request: cni_pb2.CallRequest) -> bytes:
+        call = parse_request(request)
+        if call.command == "ADD":
+            return await self._attachments.add(call)
+        if call.command == "DEL":
+            await self._attachments.delete(call)
+        elif call.command == "CHECK":
+            await self._attachments.check(call)
+        elif call.command == "GC":
+            await self._attachments.collect_garbage(call)
+        elif reasons := self._not_ready():
+            raise Unavailable("; ".join(reasons))
+        return b""
+
+
+class AgentService(agent_pb2_grpc.AgentServicer):
+    """What the daemon says about itself."""
+
+    def __init__(self, status: Callable[[], agent_pb2.GetStatusResponse], journal: Journal) -> None:
+        self._status = status
+        self._journal = journal
+
+    async def GetStatus(  # noqa: N802
+        self,
+        request: agent_pb2.GetStatusRequest,  # noqa: ARG002
+        context: Any,  # noqa: ARG002
+    ) -> agent_pb2.GetStatusResponse:
+        """The daemon's view of its node."""
+        return self._status()
+
+    async def ListAttachments(  # noqa: N802
+        self,
+        request: agent_pb2.ListAttachmentsRequest,  # noqa: ARG002
+        context: Any,  # noqa: ARG002
+    ) -> agent_pb2.ListAttachmentsResponse:
+        """Every attachment in the journal, and every wire that waits for its deletion."""
+        attachments = [_to_message(each) for each in self._journal.attachments()]
+        releasing = [
+            agent_pb2.Attachment(
+                host_ifname=each.host_ifname,
+                addresses=map(str, each.addresses),
+                state=agent_pb2.Attachment.STATE_RELEASING,
+            )
+            for each in self._journal.releasing()
+        ]
+        return agent_pb2.ListAttachmentsResponse(attachments=attachments + releasing)
+
+
+def make_server(socket: Path, cni_service: CniService, agent_service: AgentService) -> Any:
+    """A grpc.aio server on the unix socket at `socket`, readable by root alone; the caller starts it."""
+    server = grpc.aio.server(
+        options=(("grpc.max_receive_message_length", _LARGEST_MESSAGE), ("grpc.max_send_message_length", -1))
+    )
+    cni_pb2_grpc.add_CNIServicer_to_server(cni_service, server)  # type: ignore[no-untyped-call]
+    agent_pb2_grpc.add_AgentServicer_to_server(agent_service, server)  # type: ignore[no-untyped-call]
+    before = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{socket}")
+    finally:
+        os.umask(before)
+    return server
+
+
+_STATES = {
+    AttachmentState.ADDING: agent_pb2.Attachment.STATE_ADDING,
+    AttachmentState.ATTACHED: agent_pb2.Attachment.STATE_ATTACHED,
+}
+
+
+def _to_message(attachment: Attachment) -> agent_pb2.Attachment:
+    return agent_pb2.Attachment(
+        network=attachment.key.network,
+        container_id=attachment.key.container_id,
+        ifname=attachment.key.ifname,
+        netns=attachment.netns,
+        host_ifname=attachment.host_ifname,
+        mac=attachment.mac,
+        addresses=map(str, attachment.addresses),
+        pod_namespace=attachment.pod.namespace,
+        pod_name=attachment.pod.name,
+        pod_uid=attachment.pod.uid,
+        state=_STATES[attachment.state],
+        created=attachment.created,
+    )
+
+
+def _fields(request: cni_pb2.CallRequest, code: int) -> dict[str, object]:
+    return {"container": request.container_id, "ifname": request.ifname, "netns": request.netns, "code": code}

@@ -1,0 +1,104 @@
+"""The daemon's configuration file: YAML, camelCase keys, strict. docs/configuration.md is its reference."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ipam_daemon.model import Address, Pool, VxlanBackend, from_plain
+from podwire.config import ConfigError, load
+from podwire.etcd.options import EtcdOptions
+
+_NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?\Z")  # RFC 1123, as Kubernetes names nodes
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
+    """Everything that an operator can set. Times are in seconds, sizes in bytes."""
+
+    node: str = ""
+    node_addresses: tuple[Address, ...] = ()
+    etcd: EtcdOptions
+    pools: tuple[Pool, ...]
+    backend: VxlanBackend = VxlanBackend()
+    mtu: int = 0
+    run_dir: str = "/run/podwire"
+    state_dir: str = "/var/lib/podwire"
+    http_listen: str = "127.0.0.1:9817"
+    log_level: str = "info"
+    cooldown: float = 30.0
+    reconcile_interval: float = 30.0
+
+    @property
+    def socket_path(self) -> Path:
+        """Where the gRPC services are."""
+        return Path(self.run_dir) / "ipamd.sock"
+
+    @property
+    def queue_dir(self) -> Path:
+        """Where the executable leaves the DELs that it could not deliver."""
+        return Path(self.state_dir) / "del-queue"
+
+
+def read(path: Path, node: str = "") -> Settings:
+    """The settings in the file at `path`; `node`, when given, goes before the file's. Raises ConfigError."""
+    settings = load(path, Settings, dec_hook=_decode)
+    settings = msgspec.structs.replace(settings, node=node or settings.node or socket.gethostname().lower())
+    wrong = _first_wrong(settings)
+    if wrong:
+        raise ConfigError(f"{path}: {wrong}")
+    return settings
+
+
+def _first_wrong(settings: Settings) -> str:
+    if not _NODE_NAME.match(settings.node):
+        return f"node is {settings.node!r}, expected a lower-case DNS name such as node-1"
+    if not settings.pools:
+        return "pools is empty, expected at least one such as {cidr: 10.244.0.0/16}"
+    for number, pool in enumerate(settings.pools):
+        wrong = _wrong_pool(pool, settings.pools[:number])
+        if wrong:
+            return f"pools[{number}].{wrong}"
+    if not 1 <= settings.backend.port <= 65535:
+        return f"backend.port is {settings.backend.port}, expected 1 to 65535"
+    if not 1 <= settings.backend.vni < 1 << 24:
+        return f"backend.vni is {settings.backend.vni}, expected 1 to 16777215"
+    if settings.mtu and not 576 <= settings.mtu <= 65535:
+        return f"mtu is {settings.mtu}, expected 576 to 65535, or 0 to follow the underlay"
+    if settings.log_level not in ("debug", "info", "warning", "error"):
+        return f"logLevel is {settings.log_level!r}, expected debug, info, warning or error"
+    if settings.cooldown < 0:
+        return f"cooldown is {settings.cooldown}, expected seconds, 0 or more"
+    if settings.reconcile_interval <= 0:
+        return f"reconcileInterval is {settings.reconcile_interval}, expected seconds, more than 0"
+    _, colon, port = settings.http_listen.rpartition(":")
+    if settings.http_listen and not (colon and port.isdigit() and int(port) <= 65535):
+        return (
+            f"httpListen is {settings.http_listen!r}, expected address:port such as 127.0.0.1:9817, or empty for none"
+        )
+    return ""
+
+
+def _wrong_pool(pool: Pool, others: tuple[Pool, ...]) -> str:
+    if pool.cidr.version != 4:
+        return f"cidr is {pool.cidr}: IPv6 pools are not supported yet, expected an IPv4 network"
+    if not pool.cidr.prefixlen <= pool.block_size <= pool.cidr.max_prefixlen - 3:
+        return (
+            f"blockSize is {pool.block_size}, expected a prefix length from {pool.cidr.prefixlen} (the pool's) to "
+            f"{pool.cidr.max_prefixlen - 3} (four addresses of every block are reserved)"
+        )
+    for other in others:
+        if other.name == pool.name:
+            return f"name is {pool.name!r}, which another pool has; expected a name of its own"
+        if other.cidr.version == pool.cidr.version:
+            if other.cidr.overlaps(pool.cidr):
+                return f"cidr is {pool.cidr}, which overlaps {other.cidr} of pool {other.name}"
+            return f"cidr is {pool.cidr}: a second pool of a family is not supported yet, expected one"
+    return ""
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    return from_plain(kind, value)

@@ -1,0 +1,74 @@
+"""What the daemon says about itself: the Agent service's status and the gauges, from the same facts."""
+
+from __future__ import annotations
+
+import time
+
+import podwire
+from ipam_daemon.agent import Agent
+from ipam_daemon.attachments import Attachments
+from ipam_daemon.journal import Journal
+from ipam_daemon.metrics import Metrics
+from ipam_daemon.settings import Settings
+from podwire.etcd.session import EtcdSession
+from podwire.v1 import agent_pb2
+
+_STATES = ("used", "releasing", "cooling", "reserved", "free")
+
+
+class Status:
+    """A view over the daemon's parts; it holds nothing itself."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        agent: Agent,
+        attachments: Attachments,
+        session: EtcdSession,
+        journal: Journal,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._agent = agent
+        self._attachments = attachments
+        self._session = session
+        self._journal = journal
+        self._metrics = metrics
+
+    def message(self) -> agent_pb2.GetStatusResponse:
+        """The status as the Agent service gives it."""
+        reasons = self._agent.not_ready()
+        return agent_pb2.GetStatusResponse(
+            node=self._settings.node,
+            version=podwire.__version__,
+            addresses=map(str, self._agent.addresses),
+            blocks=[
+                agent_pb2.BlockStatus(
+                    cidr=str(use.block.cidr),
+                    pool=use.block.pool,
+                    **{state: getattr(use, state) for state in _STATES},
+                )
+                for use in self._attachments.allocator.use(time.time())
+            ],
+            etcd=agent_pb2.EtcdStatus(
+                connected=self._session.connected,
+                endpoints=self._settings.etcd.endpoints,
+                error=self._session.last_error or "",
+            ),
+            peers=self._agent.peer_count,
+            ready=not reasons,
+            reasons=reasons,
+            mtu=self._attachments.mtu,
+        )
+
+    def refresh_metrics(self) -> None:
+        """Brings the gauges up to date, for a scrape."""
+        metrics = self._metrics
+        for use in self._attachments.allocator.use(time.time()):
+            for state in _STATES:
+                metrics.addresses.labels(use.block.pool, str(use.block.cidr), state).set(getattr(use, state))
+        metrics.attachments.set(len(self._journal.attachments()))
+        metrics.releasing_wires.set(len(self._journal.releasing()))
+        metrics.peers.set(self._agent.peer_count)
+        metrics.etcd_connected.set(1 if self._session.connected else 0)
+        metrics.ready.set(0 if self._agent.not_ready() else 1)
