@@ -1,0 +1,123 @@
+"""What a client asks before it asks for anything: groups, resources, and an OpenAPI document that forbids nothing.
+
+kubectl maps `po` to `pods` by the resource lists, and decides by `/openapi/v3` whether the server validates fields: it
+looks for a PATCH with a `fieldValidation` parameter for the kind (kubectl ≥ 1.27), and sends the object unchecked if it
+finds one. Pure; built anew on every request, since kinds may have been learnt in between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from podwire.lab.api.kinds import Kind, Registry
+
+_VERBS = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"]
+_SUBRESOURCES = {"pods": {"binding": "Binding", "eviction": "Eviction"}}
+
+
+def api_versions() -> dict[str, Any]:
+    """`/api`"""
+    return {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}
+
+
+def group_list(registry: Registry) -> dict[str, Any]:
+    """`/apis`"""
+    groups = [_group(name, versions) for name, versions in registry.groups().items() if name]
+    return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
+
+
+def group(registry: Registry, name: str) -> dict[str, Any] | None:
+    """`/apis/GROUP`; None if there is no such group."""
+    versions = registry.groups().get(name) if name else None
+    return {"kind": "APIGroup", "apiVersion": "v1", **_group(name, versions)} if versions else None
+
+
+def _group(name: str, versions: list[str]) -> dict[str, Any]:
+    entries = [{"groupVersion": f"{name}/{version}", "version": version} for version in versions]
+    return {"name": name, "versions": entries, "preferredVersion": entries[0]}
+
+
+def resource_list(registry: Registry, api_version: str) -> dict[str, Any] | None:
+    """`/api/v1`, `/apis/GROUP/VERSION`; None if nothing is served there."""
+    kinds = [kind for kind in registry if kind.api_version == api_version]
+    if not kinds:
+        return None
+    resources = [entry for kind in kinds for entry in _resources(kind)]
+    return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version, "resources": resources}
+
+
+def _resources(kind: Kind) -> list[dict[str, Any]]:
+    base = {"namespaced": kind.namespaced, "kind": kind.kind}
+    entries = [
+        {
+            **base,
+            "name": kind.plural,
+            "singularName": kind.kind.lower(),
+            "verbs": _VERBS,
+            **({"shortNames": list(kind.short)} if kind.short else {}),
+            **({"categories": ["all"]} if kind.plural in ("pods", "services") or kind.group == "apps" else {}),
+        }
+    ]
+    if kind.status:
+        status = {**base, "name": f"{kind.plural}/status", "singularName": "", "verbs": ["get", "patch", "update"]}
+        entries.append(status)
+    if not kind.group:
+        for name, what in _SUBRESOURCES.get(kind.plural, {}).items():
+            entry = {**base, "kind": what, "name": f"{kind.plural}/{name}", "singularName": "", "verbs": ["create"]}
+            entries.append(entry)
+    return entries
+
+
+def openapi_index(registry: Registry) -> dict[str, Any]:
+    """`/openapi/v3`: one document per group and version. The hash lets kubectl keep one until its kinds change."""
+    paths = {}
+    for name, versions in registry.groups().items():
+        for version in versions:
+            where = f"apis/{name}/{version}" if name else f"api/{version}"
+            count = sum(kind.group == name and kind.version == version for kind in registry)
+            paths[where] = {"serverRelativeURL": f"/openapi/v3/{where}?hash={count}"}
+    return {"paths": paths}
+
+
+def openapi_document(registry: Registry, api_version: str) -> dict[str, Any] | None:
+    """`/openapi/v3/api/v1`, `/openapi/v3/apis/GROUP/VERSION`; None if nothing is served there."""
+    kinds = [kind for kind in registry if kind.api_version == api_version]
+    if not kinds:
+        return None
+    return {
+        "openapi": "3.0.0",
+        "info": {"title": "Podwire lab", "version": "v1"},
+        "paths": {_path(kind): {"patch": _patch_operation(kind)} for kind in kinds},
+        "components": {"schemas": {f"{kind.version}.{kind.kind}": _schema(kind) for kind in kinds}},
+    }
+
+
+def _path(kind: Kind) -> str:
+    root = f"/apis/{kind.group}/{kind.version}" if kind.group else f"/api/{kind.version}"
+    scope = "/namespaces/{namespace}" if kind.namespaced else ""
+    return f"{root}{scope}/{kind.plural}/{{name}}"
+
+
+def _gvk(kind: Kind) -> dict[str, str]:
+    return {"group": kind.group, "version": kind.version, "kind": kind.kind}
+
+
+def _patch_operation(kind: Kind) -> dict[str, Any]:
+    parameters = [
+        {"name": name, "in": "query", "schema": {"type": "string", "uniqueItems": True}}
+        for name in ("dryRun", "fieldManager", "fieldValidation", "force")
+    ]
+    return {
+        "parameters": parameters,
+        "responses": {"200": {"description": "OK"}},
+        "x-kubernetes-action": "patch",
+        "x-kubernetes-group-version-kind": _gvk(kind),
+    }
+
+
+def _schema(kind: Kind) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "x-kubernetes-preserve-unknown-fields": True,
+        "x-kubernetes-group-version-kind": [_gvk(kind)],
+    }
