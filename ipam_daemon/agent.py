@@ -18,6 +18,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import aclosing
 
 import podwire
 from ipam_daemon.attachments import Attachments
@@ -30,7 +31,7 @@ from ipam_daemon.model import Address, Block, ClusterConfig, NodeRecord
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.peers import Peers
 from ipam_daemon.plan import NodePlan, plan_node, plan_record
-from ipam_daemon.registry import Registry
+from ipam_daemon.registry import PoolExhausted, Registry
 from ipam_daemon.settings import Settings
 from ipam_daemon.wires import Wires
 from podwire.errors import TryAgain
@@ -72,6 +73,7 @@ class Agent:
         self._generation = 1
         self._records: Mapping[str, NodeRecord] | None = None
         self._changed = asyncio.Event()
+        self._entered = asyncio.Event()
         self._trouble = "the daemon has just started"
         self.plan: NodePlan | None = None
         """What the kernel was last brought to, None before the first time."""
@@ -132,21 +134,28 @@ class Agent:
             try:
                 await self._join()
                 break
-            except TryAgain as error:
+            except (TryAgain, PoolExhausted) as error:
                 self._trouble = str(error)
                 log.warning("joining the cluster waits: %s", error)
             await asyncio.sleep(delay)
             delay = min(2 * delay, _LAST_RETRY)
-        async for records in self._registry.watch_nodes():
-            self._records = records
-            self._changed.set()
+        async with aclosing(self._registry.watch_nodes()) as changes:
+            async for records in changes:
+                self._records = records
+                self._changed.set()
+
+    async def hold_name(self) -> None:
+        """Waits until the node's name went to another machine, and raises the NodeNameTaken that says so."""
+        await self._entered.wait()
+        raise await self._registry.lost()
 
     async def _join(self) -> None:
         settings = self._settings
         await self._find_addresses()
         self._config = await self._registry.agree(self._config)
-        entry = await self._registry.enter(settings.node, self._node_id)
-        self._generation = entry.generation
+        if not self._entered.is_set():
+            self._generation = (await self._registry.enter(settings.node, self._node_id)).generation
+            self._entered.set()
         blocks = list(await self._registry.load_blocks(settings.node))
         for pool in self._config.pools:
             if not any(block.pool == pool.name for block in blocks):
@@ -213,7 +222,8 @@ class Agent:
                 done.append(f"changed {changed} neighbours, FDB entries and routes")
         if done:
             log.info("kernel brought to its plan", extra={"fields": {"done": done}})
-            self._metrics.repairs.labels("node").inc(len(done))
+            if self.plan is not None:
+                self._metrics.repairs.labels("node").inc(len(done))
         self.plan = plan
         if plan.peers is not None:
             self._journal.set_meta(_CONVERGED, "yes")

@@ -40,7 +40,7 @@ from podwire.etcd.session import EtcdSession
 
 _GRACE = 60.0  # seconds for calls in flight at SIGTERM
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("ipam_daemon.main")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +79,7 @@ async def _run(chosen: Settings) -> None:
         attachments = Attachments(
             journal=journal, wires=wires, thread=thread, metrics=metrics, cooldown=chosen.cooldown
         )
-        session = EtcdSession(chosen.etcd)
+        session = EtcdSession(chosen.etcd, observer=metrics)
         stack.push_async_callback(session.close)
         registry = EtcdRegistry(session)
         agent = Agent(
@@ -110,6 +110,7 @@ async def _run(chosen: Settings) -> None:
             async with asyncio.TaskGroup() as tasks:
                 work = [
                     tasks.create_task(agent.follow_registry()),
+                    tasks.create_task(agent.hold_name()),
                     tasks.create_task(agent.converge_forever()),
                     tasks.create_task(attachments.reap_forever()),
                     tasks.create_task(queue.replay_forever()),

@@ -35,7 +35,9 @@ class Metrics:
         self.attachments = Gauge("podwire_attachments", "Attachments in the journal", registry=self.registry)
         self.peers = Gauge("podwire_peers", "Other nodes whose pods are reached", registry=self.registry)
         self.etcd_connected = Gauge("podwire_etcd_connected", "1 while etcd answers", registry=self.registry)
-        self.etcd_failures = Counter("podwire_etcd_failures", "Calls to etcd that failed", registry=self.registry)
+        self.etcd_attempts = Counter(
+            "podwire_etcd_attempts", "Calls and streams to etcd by outcome", ["outcome"], registry=self.registry
+        )
         self.ready = Gauge("podwire_ready", "1 while an ADD can succeed", registry=self.registry)
         self.repairs = Counter("podwire_repairs", "What reconcile had to put right", ["what"], registry=self.registry)
         self.replayed = Counter(
@@ -53,3 +55,12 @@ class Metrics:
             yield
         finally:
             self.seconds.labels(command, phase).observe(time.perf_counter() - began)
+
+    # --- podwire.etcd's Observer
+
+    def attempt(self, method: str, endpoint: str, outcome: str, seconds: float) -> None:  # noqa: ARG002
+        """Counts a call to etcd."""
+        self.etcd_attempts.labels(outcome).inc()
+
+    def watch(self, prefix: str, event: str) -> None:
+        """Passed over: what a watch brings is seen in the peers."""
