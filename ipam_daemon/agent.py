@@ -18,7 +18,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import podwire
 from ipam_daemon.attachments import Attachments
@@ -74,7 +74,6 @@ class Agent:
         self._records: Mapping[str, NodeRecord] | None = None
         self._changed = asyncio.Event()
         self._entered = asyncio.Event()
-        self._trouble = "the daemon has just started"
         self.plan: NodePlan | None = None
         """What the kernel was last brought to, None before the first time."""
 
@@ -83,9 +82,9 @@ class Agent:
     def not_ready(self) -> list[str]:
         """Why an ADD cannot succeed now; empty when it can."""
         if not self._attachments.allocator.blocks:
-            return [f"this node has no block of addresses yet: {self._trouble}"]
+            return [f"this node has no block of addresses yet: {self._attachments.waiting_for}"]
         if not self._attachments.mtu:
-            return [f"the node's data path is not set up yet: {self._trouble}"]
+            return [f"the node's data path is not set up yet: {self._attachments.waiting_for}"]
         uses = self._attachments.allocator.use(time.time())
         if not any(use.free + use.cooling for use in uses):
             return [f"no address is free in {', '.join(str(use.block.cidr) for use in uses)}"]
@@ -108,7 +107,7 @@ class Agent:
         if self._journal.set_aside is not None:
             await self._rebuild()
         self._attachments.use_blocks(self._journal.blocks())
-        undone = await self._attachments.undo_intents()
+        undone = await self._attachments.resume()
         if undone:
             self._metrics.repairs.labels("unfinished-add").inc(undone)
             log.warning("undid %d ADDs that were not finished", undone)
@@ -135,14 +134,24 @@ class Agent:
                 await self._join()
                 break
             except (TryAgain, PoolExhausted) as error:
-                self._trouble = str(error)
+                self._attachments.waiting_for = str(error)
                 log.warning("joining the cluster waits: %s", error)
             await asyncio.sleep(delay)
             delay = min(2 * delay, _LAST_RETRY)
         async with aclosing(self._registry.watch_nodes()) as changes:
             async for records in changes:
-                self._records = records
-                self._changed.set()
+                if self._settings.node in records:
+                    self._records = records
+                    self._changed.set()
+                else:
+                    await self._republish()
+
+    async def _republish(self) -> None:
+        """A list of nodes that lacks this one is not believed: etcd was wiped or restored. It is told again who is here,
+        and meanwhile the kernel keeps what it has of the others."""
+        log.error("etcd has lost this node's record; publishing it again, and keeping the routes to the other nodes")
+        with suppress(TryAgain):
+            await self._registry.publish(self._record(self._attachments.allocator.blocks))
 
     async def hold_name(self) -> None:
         """Waits until the node's name went to another machine, and raises the NodeNameTaken that says so."""
@@ -187,7 +196,7 @@ class Agent:
                 await self._converge(resync)
                 resync, delay = False, _FIRST_RETRY
             except CniError as error:
-                self._trouble = str(error)
+                self._attachments.waiting_for = str(error)
                 log.warning("bringing the kernel to its plan failed, trying again: %s", error)
                 await asyncio.sleep(delay)
                 delay, resync = min(2 * delay, _LAST_RETRY), True
@@ -206,16 +215,14 @@ class Agent:
         mtu = await self._thread.run(self._devices.underlay_mtu, self._addresses[0])
         records = None if self._records is None else self._records.values()
         plan = plan_node(self._config, self._record(blocks), blocks, records, mtu, self._settings.mtu)
-        done: list[str] = []
-        if resync or self.plan is None or (self.plan.bridge, self.plan.vxlan) != (plan.bridge, plan.vxlan):
-            done += await self._thread.run(self._devices.ensure_bridge, plan.bridge)
-            done += await self._thread.run(self._devices.ensure_vxlan, plan.vxlan)
+        made = await self._ensure_devices(plan, resync)
+        done = list(made)
         if (resync or self.plan is None or self.plan.firewall != plan.firewall) and await self._firewall.ensure(
             plan.firewall
         ):
             done.append("changed nft elements or rules")
         if plan.peers is not None:
-            if resync or done:
+            if resync or made:
                 await self._thread.run(self._peers.resync)
             changed = await self._thread.run(self._peers.apply, plan.peers)
             if changed:
@@ -229,3 +236,9 @@ class Agent:
             self._journal.set_meta(_CONVERGED, "yes")
         if self._journal.meta(_CONVERGED):
             self._attachments.mtu = plan.bridge.mtu
+
+    async def _ensure_devices(self, plan: NodePlan, resync: bool) -> list[str]:
+        if not resync and self.plan is not None and (self.plan.bridge, self.plan.vxlan) == (plan.bridge, plan.vxlan):
+            return []
+        done = await self._thread.run(self._devices.ensure_bridge, plan.bridge)
+        return done + await self._thread.run(self._devices.ensure_vxlan, plan.vxlan)

@@ -68,6 +68,8 @@ class Attachments:
         self._to_reap = asyncio.Event()
         self.mtu = 0
         """The MTU of new pods in bytes; 0 while it is not known, and then no pod is added."""
+        self.waiting_for = "the daemon has just started"
+        """Why there is no block or no MTU yet."""
 
     @property
     def allocator(self) -> Allocator:
@@ -192,8 +194,13 @@ class Attachments:
             self._allocator.cool(self._known(each.addresses), until)
         return len(done) < len(releasing)
 
-    async def undo_intents(self) -> int:
-        """Undoes every ADD that a killed daemon did not finish. For the start, before calls are taken."""
+    async def resume(self) -> int:
+        """Takes up what a killed daemon left: kills wires that it released, undoes ADDs that it did not finish.
+
+        For the start, before calls are taken. Returns how many ADDs were undone.
+        """
+        for wire in self._journal.releasing():
+            await self._thread.run(self._wires.kill, wire.host_ifname)
         undone = 0
         for attachment in self._journal.attachments():
             if attachment.state is AttachmentState.ADDING:
@@ -238,7 +245,7 @@ class Attachments:
 
     def _refuse_if_unready(self, call: Call) -> None:
         if not self._allocator.blocks or not self.mtu:
-            raise TryAgainLater(f"{call.key}: this node has no block of addresses yet")
+            raise TryAgainLater(f"{call.key}: this node cannot add pods yet: {self.waiting_for}")
 
     def _is_deleted(self, call: Call) -> bool:
         return self._tombstones.get(call.key, 0) > call.issued_ns

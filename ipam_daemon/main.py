@@ -96,9 +96,8 @@ async def _run(chosen: Settings) -> None:
         await agent.restore()
         queue = DelQueue(chosen.queue_dir, attachments, metrics, boot)
         await queue.replay()
-        server = make_server(
-            chosen.socket_path, CniService(attachments, metrics, agent.not_ready), AgentService(status.message, journal)
-        )
+        service = CniService(attachments, metrics, agent.not_ready)
+        server = make_server(chosen.socket_path, service, AgentService(status.message, journal))
         await server.start()
         if chosen.http_listen:
             app = health.make_app(agent.not_ready, status.refresh_metrics, metrics)
@@ -118,11 +117,11 @@ async def _run(chosen: Settings) -> None:
                 ]
                 log.info("started", extra={"fields": {"node": chosen.node, "socket": str(chosen.socket_path)}})
                 await stopped.wait()
-                await server.stop(_GRACE)
                 for task in work:
                     task.cancel()
         finally:
             await server.stop(_GRACE)
+            await service.drain()
             with contextlib.suppress(PodwireError):
                 await registry.leave()
     log.info("stopped")

@@ -39,10 +39,19 @@ class CniService(cni_pb2_grpc.CNIServicer):
         self._attachments = attachments
         self._metrics = metrics
         self._not_ready = not_ready
+        self._running: set[asyncio.Task[cni_pb2.CallResponse]] = set()
 
     async def Call(self, request: cni_pb2.CallRequest, context: Any) -> cni_pb2.CallResponse:  # noqa: N802, ARG002
         """Answers one call; see proto/podwire/v1/cni.proto."""
-        return await asyncio.shield(asyncio.ensure_future(self._answer(request)))
+        task = asyncio.create_task(self._answer(request))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return await asyncio.shield(task)
+
+    async def drain(self) -> None:
+        """Waits for calls that are under way, those whose caller has gone included."""
+        if self._running:
+            await asyncio.wait(self._running)
 
     async def _answer(self, request: cni_pb2.CallRequest) -> cni_pb2.CallResponse:
         api, code = API_MAX, 0

@@ -124,12 +124,9 @@ class Wires:
 
     def reap(self, host_ifnames: Iterable[str]) -> frozenset[str]:
         """Deletes all killed wires at once and returns those of `host_ifnames` that are seen gone."""
-        names = tuple(host_ifnames)
-        for name in names:
-            self.kill(name)  # a daemon that was killed may have journaled the release of a wire that still lives
         with naming("deleting killed wires"), tolerating(errno.ENODEV):
             self._thread.host.link("del", group=DOOMED_GROUP)
-        return frozenset(name for name in names if not index_of(name))
+        return frozenset(name for name in host_ifnames if not index_of(name))
 
     def delete(self, host_ifname: str) -> None:
         """Deletes a wire at once, pair and all. A wire that is gone is fine."""

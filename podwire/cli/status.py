@@ -60,9 +60,9 @@ def _print(status: agent_pb2.GetStatusResponse, attachments: list[agent_pb2.Atta
     console.print(f"{status.node} ({', '.join(status.addresses)}), podwire {status.version}: {state}", highlight=False)
     console.print(f"etcd {etcd}; {status.peers} peers; pods get MTU {status.mtu}", highlight=False)
     blocks = Table("BLOCK", "POOL", "USED", "RELEASING", "COOLING", "RESERVED", "FREE", box=None)
-    for each in status.blocks:
-        counts = (each.used, each.releasing, each.cooling, each.reserved, each.free)
-        blocks.add_row(each.cidr, each.pool, *map(str, counts))
+    for block in status.blocks:
+        counts = (block.used, block.releasing, block.cooling, block.reserved, block.free)
+        blocks.add_row(block.cidr, block.pool, *map(str, counts))
     pods = Table("POD", "CONTAINER", "INTERFACE", "ADDRESSES", "LINK", "STATE", box=None)
     for each in attachments:
         pod = f"{each.pod_namespace}/{each.pod_name}" if each.pod_name else "-"
