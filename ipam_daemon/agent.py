@@ -147,8 +147,8 @@ class Agent:
                     await self._republish()
 
     async def _republish(self) -> None:
-        """A list of nodes that lacks this one is not believed: etcd was wiped or restored. It is told again who is here,
-        and meanwhile the kernel keeps what it has of the others."""
+        """A list of nodes that lacks this one is not believed: etcd was wiped or restored. It is told again who is
+        here, and meanwhile the kernel keeps what it has of the others."""
         log.error("etcd has lost this node's record; publishing it again, and keeping the routes to the other nodes")
         with suppress(TryAgain):
             await self._registry.publish(self._record(self._attachments.allocator.blocks))
