@@ -1,0 +1,167 @@
+"""`podwire lab`: a cluster of network namespaces on this machine. The verbs are thin; podwire.lab does the work."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import msgspec
+
+from podwire.errors import PodwireError
+from podwire.lab import cluster, names, node, process, state
+from podwire.lab.state import LabState
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verbs and their flags; each takes `--name`."""
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text)
+        made.add_argument("--name", default="lab", metavar="LAB", help="which lab (%(default)s)")
+        return made
+
+    _add_up(verb("up", "build a lab and wait until it works"))
+    for name, text in (("apply", "create or change what manifests say"), ("delete", "delete what manifests name")):
+        made = verb(name, text)
+        made.add_argument("-f", dest="manifests", action="append", required=True, metavar="MANIFEST",
+                          help="a file, a folder, or - for standard input; may be given again")  # fmt: skip
+    made = verb("exec", "run a command in a pod's network")
+    made.add_argument("pod", metavar="POD")
+    made.add_argument("-n", "--namespace", default="default", metavar="NS")
+    made.add_argument("-c", "--container", default="", metavar="CONTAINER")
+    made.add_argument("words", nargs="+", metavar="-- CMD …")
+    made = verb("node", "run a command on a node")
+    made.add_argument("node", metavar="NAME")
+    made.add_argument("words", nargs="+", metavar="-- CMD …")
+    made = verb("status", "nodes, pods and services of a lab")
+    made.add_argument("-o", dest="output", choices=("table", "json"), default="table", help="(%(default)s)")
+    made = verb("down", "remove a lab, in whatever state it is")
+    made.add_argument("--all", action="store_true", help="every lab of this machine")
+
+
+def _add_up(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (%(default)s)")
+    parser.add_argument(
+        "--backend", default="vxlan", metavar="BACKEND", help="how nodes reach each other's pods: vxlan"
+    )
+    parser.add_argument("--proxy", default="none", metavar="PROXY", help="what programs Services: none")
+    parser.add_argument("--pod-cidr", default="10.244.0.0/16", metavar="CIDR", help="(%(default)s)")
+    parser.add_argument("--service-cidr", default="10.96.0.0/16", metavar="CIDR", help="(%(default)s)")
+    parser.add_argument("--etcd", type=int, choices=(1, 3), default=1, help="how many etcd members (%(default)s)")
+    parser.add_argument("--kube-apiserver", metavar="PATH", help="a real API server instead of the built-in one")
+    parser.add_argument("-f", dest="manifests", action="append", default=[], metavar="MANIFEST",
+                        help="apply this and wait for its pods; may be given again")  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Does what the verb says. Returns its exit code."""
+    if os.geteuid() != 0:
+        raise PodwireError("a lab is made of network namespaces: run this as root")
+    signal.signal(signal.SIGTERM, _interrupt)  # so that an `up` that is asked to end cleans up
+    names.check_lab_name(arguments.name)
+    verbs: dict[str, Callable[[argparse.Namespace], int]] = {
+        "up": _up, "apply": _apply, "delete": _delete, "exec": _exec, "node": _node, "status": _status, "down": _down,
+    }  # fmt: skip
+    return verbs[arguments.verb](arguments)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    lab = cluster.up(wanted_lab(arguments), _say)
+    if arguments.manifests:
+        cluster.wait_ready(lab, cluster.apply(lab, arguments.manifests, _say))
+    _say(f"lab {lab.name} is up: export KUBECONFIG={lab.files.kubeconfig}")
+    return 0
+
+
+def wanted_lab(arguments: argparse.Namespace) -> LabState:
+    """The lab that the flags describe. Raises PodwireError for what there is not, or not yet."""
+    for flag, value, known in (
+        ("--backend", arguments.backend, "vxlan"),
+        ("--proxy", arguments.proxy, "none"),
+        ("--etcd", arguments.etcd, 1),
+        ("--kube-apiserver", arguments.kube_apiserver, None),
+    ):
+        if value != known:
+            instead = f"; there is {known}" if known is not None else ""
+            raise PodwireError(f"{flag} {value} is not there yet{instead}")
+    for flag, text in (("--pod-cidr", arguments.pod_cidr), ("--service-cidr", arguments.service_cidr)):
+        try:
+            network = ipaddress.ip_network(text)
+        except ValueError as error:
+            raise PodwireError(f"{flag} {text}: {error}; expected a network such as 10.244.0.0/16") from None
+        if network.version != 4:
+            raise PodwireError(f"{flag} {text}: IPv6 is not there yet; expected a network such as 10.244.0.0/16")
+        if network.overlaps(names.UNDERLAY):
+            raise PodwireError(f"{flag} {text} overlaps the lab's underlay, {names.UNDERLAY}")
+    return LabState(
+        name=arguments.name,
+        nodes=state.plan_nodes(arguments.nodes),
+        backend=arguments.backend,
+        proxy=arguments.proxy,
+        pod_cidr=arguments.pod_cidr,
+        service_cidr=arguments.service_cidr,
+        etcd_members=arguments.etcd,
+    )
+
+
+def _apply(arguments: argparse.Namespace) -> int:
+    cluster.apply(state.load(arguments.name), arguments.manifests, print)
+    return 0
+
+
+def _delete(arguments: argparse.Namespace) -> int:
+    lab = state.load(arguments.name)
+    cluster.wait_deleted(lab, cluster.delete(lab, arguments.manifests, print))
+    return 0
+
+
+def _exec(arguments: argparse.Namespace) -> int:
+    lab = state.load(arguments.name)
+    _become(lab, *cluster.exec_command(lab, arguments.namespace, arguments.pod, arguments.container), arguments.words)
+
+
+def _node(arguments: argparse.Namespace) -> int:
+    lab = state.load(arguments.name)
+    _become(lab, node.enter_command(lab, lab.node(arguments.node).name), {}, arguments.words)
+
+
+def _become(lab: LabState, enter: list[str], environment: dict[str, str], words: list[str]) -> NoReturn:
+    """Becomes the command: its input, output and exit code are then ours."""
+    sys.stdout.flush()
+    os.execvpe(enter[0], [*enter, *words], process.marked_environment(lab.name) | environment)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from podwire.lab import status
+
+    shown = status.status(state.load(arguments.name))
+    if arguments.output == "json":
+        print(msgspec.json.format(json.dumps(shown)))
+    else:
+        status.show(shown, Console())
+    return 0
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    wanted = state.labs() if arguments.all else [arguments.name]
+    for name in wanted:
+        if not cluster.down(name, _say):
+            _say(f"there is no lab {name}")
+    return 0
