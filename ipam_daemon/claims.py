@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from ipam_daemon.model import Address, Block, ClusterConfig, Network, NodeRecord, Pool, to_plain
+from ipam_daemon.model import Address, Block, ClusterConfig, Network, NodeRecord, Pool, encode
 from podwire.config import ConfigError
 from podwire.errors import PodwireError
 
@@ -157,9 +157,7 @@ def name_taken(name: str, holder_id: str, addresses: Iterable[Address]) -> NodeN
 
 def check_same(ours: ClusterConfig, theirs: ClusterConfig, where: str) -> None:
     """Raises ConfigMismatch, naming the first field that differs, both values and the remedy."""
-    found = _difference(
-        "", msgspec.to_builtins(ours, enc_hook=to_plain), msgspec.to_builtins(theirs, enc_hook=to_plain)
-    )
+    found = _difference("", msgspec.json.decode(encode(ours)), msgspec.json.decode(encode(theirs)))
     if found is not None:
         field, mine, other = found
         raise ConfigMismatch(

@@ -43,6 +43,12 @@ _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
 )
 _READY = grpc.ChannelConnectivity.READY
+_AWAY = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,  # a write to a stream that breaks under it; etcd's own client tries again, too
+)
 _FAILED = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 
 
@@ -246,8 +252,7 @@ class _Translated:
 
 def _translate(error: grpc.aio.AioRpcError) -> EtcdError | EtcdUnavailable:
     code, details = error.code(), error.details() or ""
-    away = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-    if away or "too many requests" in details:
+    if code in _AWAY or "too many requests" in details:
         return EtcdUnavailable(f"etcd does not answer: {code.name}: {details}")
     if code is grpc.StatusCode.OUT_OF_RANGE and "compacted" in details:
         return Compacted(details, code.name)

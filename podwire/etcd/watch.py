@@ -6,7 +6,7 @@
     │                                                             └─────────────────────────┤
     └── compacted · another cluster · a revision that went back ◀───────────────────────────┘
 
-After a Snapshot the consumer diffs, since deletions may have happened out of sight; Changes it applies in order. Nothing
+After a Snapshot the consumer diffs, since deletions may have happened out of sight; Changes it applies in order. None
 is seen twice or left out between two snapshots, because a resume starts at the last *event's* revision + 1 (the header
 may run ahead of events that are still to come), or at the header's after a progress notice, which etcd sends when all
 events up to there are delivered.

@@ -92,7 +92,7 @@ def keep_alive_request(lease: int) -> Message:
 
 
 def watch_request(prefix: str, start_revision: int) -> Message:
-    """`progress_notify`: etcd tells its revision now and then, so that a quiet watch does not fall behind compaction."""
+    """`progress_notify`: etcd tells its revision now and then, lest a quiet watch fall behind compaction."""
     create = rpc.WatchCreateRequest(
         key=raw(prefix), range_end=after_prefix(prefix), start_revision=start_revision, progress_notify=True
     )

@@ -1,0 +1,263 @@
+"""The registry under races and outages, on real etcd."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
+
+import pytest
+
+from ipam_daemon.model import ClusterConfig, NodeRecord, Pool
+from ipam_daemon.registry import ConfigMismatch, EtcdRegistry, NodeNameTaken, PoolExhausted
+from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable
+from podwire.lab.etcd import EtcdServer
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+Until = Callable[[Callable[[], Awaitable[object]]], Awaitable[None]]
+POOL = Pool(cidr=ipaddress.ip_network("10.244.0.0/16"), block_size=24)
+FIFTY = 50
+
+
+def connect(endpoint: str) -> EtcdSession:
+    return EtcdSession(EtcdOptions(endpoints=(endpoint,)))
+
+
+def node(name: str, node_id: str, generation: int = 1) -> NodeRecord:
+    return NodeRecord(name=name, node_id=node_id, generation=generation, addresses=(ipaddress.ip_address("192.0.2.1"),))
+
+
+@pytest.mark.parametrize("cidr", ["10.244.0.0/16", "10.244.0.0/18", "fd00:10::/58"])
+def test_fifty_nodes_race_and_no_block_is_had_twice(cidr: str, server: EtcdServer, prefix: str, run: Run) -> None:
+    """/18 and /58 have 64 blocks: the nodes meet often."""
+    network = ipaddress.ip_network(cidr)
+    pool = Pool(cidr=network, block_size=24 if network.version == 4 else 64)
+
+    async def claim(number: int) -> Any:
+        async with connect(server.endpoint) as etcd:
+            return await EtcdRegistry(etcd, root=prefix).claim_block(pool, f"node-{number}", str(number), 1)
+
+    async def story() -> None:
+        blocks = await asyncio.gather(*(claim(number) for number in range(FIFTY)))
+        assert len({block.cidr for block in blocks}) == FIFTY
+        async with connect(server.endpoint) as etcd:
+            stored = [(await EtcdRegistry(etcd, root=prefix).load_blocks(block.node)) for block in blocks]
+        assert stored == [(block,) for block in blocks], "etcd says what each was told"
+
+    run(story())
+
+
+def test_of_fifty_nodes_racing_for_thirty_two_blocks_thirty_two_win(server: EtcdServer, prefix: str, run: Run) -> None:
+    pool = Pool(cidr=ipaddress.ip_network("10.244.0.0/19"), block_size=24)
+
+    async def story() -> None:
+        async with AsyncExitStack() as stack:
+            sessions = [await stack.enter_async_context(connect(server.endpoint)) for _ in range(FIFTY)]
+            answers = await asyncio.gather(
+                *(
+                    EtcdRegistry(etcd, root=prefix).claim_block(pool, f"node-{number}", str(number), 1)
+                    for number, etcd in enumerate(sessions)
+                ),
+                return_exceptions=True,
+            )
+        won = {answer.cidr for answer in answers if not isinstance(answer, BaseException)}
+        assert won == set(pool.blocks())
+        assert sum(isinstance(answer, PoolExhausted) for answer in answers) == FIFTY - 32
+
+    run(story())
+
+
+def test_of_twenty_machines_that_enter_at_once_one_gets_the_name(server: EtcdServer, prefix: str, run: Run) -> None:
+    async def story() -> None:
+        async with connect(server.endpoint) as etcd:
+            registries = [EtcdRegistry(etcd, root=prefix) for _ in range(20)]
+            answers = await asyncio.gather(
+                *(registry.enter("a", f"id-{number}") for number, registry in enumerate(registries)),
+                return_exceptions=True,
+            )
+            refused = [isinstance(answer, NodeNameTaken) for answer in answers]
+            assert sum(refused) == 19, answers
+            await registries[refused.index(False)].leave()
+            assert (await etcd.get_prefix(prefix + "live/")).items == ()
+
+    run(story())
+
+
+def test_a_claim_whose_answer_was_lost_is_found_again(server: EtcdServer, prefix: str, run: Run) -> None:
+    async def story() -> None:
+        async with connect(server.endpoint) as etcd:
+            registry = EtcdRegistry(etcd, root=prefix)
+            txn = etcd.txn
+
+            async def carried_out_but_unheard(*arguments: Any) -> Any:
+                await txn(*arguments)
+                raise EtcdUnavailable("the connection broke")
+
+            etcd.txn = carried_out_but_unheard  # type: ignore[method-assign, assignment]
+            with pytest.raises(EtcdUnavailable):
+                await registry.claim_block(POOL, "a", "id", 1)
+            etcd.txn = txn  # type: ignore[method-assign]
+            block = await registry.claim_block(POOL, "a", "id", 1)
+            assert await registry.load_blocks("a") == (block,), "one block, not two"
+
+    run(story())
+
+
+def test_no_claim_under_a_configuration_that_has_changed(server: EtcdServer, prefix: str, run: Run) -> None:
+    async def story() -> None:
+        config = ClusterConfig(pools=(POOL,))
+        changed = ClusterConfig(pools=(Pool(cidr=POOL.cidr, block_size=26),))
+        async with connect(server.endpoint) as etcd:
+            old, new = EtcdRegistry(etcd, root=prefix), EtcdRegistry(etcd, root=prefix)
+            await old.agree(config)
+            await old.claim_block(POOL, "a", "id", 1)
+            await etcd.delete(prefix + "config")
+            await old.claim_block(POOL, "a", "id", 1)  # nobody has changed it: written again
+            await etcd.delete(prefix + "config")
+            await new.agree(changed)
+            with pytest.raises(ConfigMismatch, match="blockSize is 24"):
+                await old.claim_block(POOL, "a", "id", 1)
+            assert len(await new.load_blocks("a")) == 2
+
+    run(story())
+
+
+class Outage:
+    """A node behind a cable, and an observer beside it."""
+
+    def __init__(self, far: EtcdSession, line: Any, near: EtcdSession, prefix: str, until: Until) -> None:
+        self.far, self.line, self.prefix, self._until = far, line, prefix, until
+        self.registry = EtcdRegistry(near, root=prefix, live_s=1)
+        self.other = EtcdRegistry(far, root=prefix, live_s=1)
+
+    async def live(self) -> bool:
+        return await self.far.get(self.prefix + "live/a") is not None
+
+    async def gone(self) -> bool:
+        return not await self.live()
+
+    async def outlast_the_lease(self) -> None:
+        await self.line.pull()
+        await self._until(self.gone)
+
+
+@pytest.fixture
+def outage(own_server: EtcdServer, prefix: str, run: Run, cable: Any, until: Until) -> Callable[..., None]:
+    def tell(story: Callable[[Outage], Awaitable[None]]) -> None:
+        async def whole() -> None:
+            async with (
+                cable(own_server.endpoint) as line,
+                connect(own_server.endpoint) as far,
+                connect(line.endpoint) as near,
+            ):
+                await story(Outage(far, line, near, prefix, until))
+
+        run(whole())
+
+    return tell
+
+
+def test_after_an_outage_longer_than_the_lease_the_name_is_taken_again(outage: Any, until: Until) -> None:
+    async def story(scene: Outage) -> None:
+        await scene.registry.enter("a", "id-1")
+        await scene.outlast_the_lease()
+        await scene.line.plug()
+        await until(scene.live)
+        with pytest.raises(NodeNameTaken):
+            await scene.other.enter("a", "id-2")
+        await scene.registry.leave()
+        assert await scene.gone()
+
+    outage(story)
+
+
+def test_who_took_the_name_during_the_outage_keeps_it(outage: Any) -> None:
+    async def story(scene: Outage) -> None:
+        await scene.registry.enter("a", "id-1")
+        await scene.registry.publish(node("a", "id-1"))
+        await scene.outlast_the_lease()
+        assert (await scene.other.enter("a", "id-2")).generation == 2
+        await scene.line.plug()
+        assert "id-2" in str(await scene.registry.lost())
+        assert await scene.live()
+        await scene.registry.leave()
+        assert await scene.live(), "the loser's leaving does not touch the winner's key"
+        await scene.other.leave()
+
+    outage(story)
+
+
+def test_who_took_the_name_and_left_again_keeps_it_too(outage: Any) -> None:
+    async def story(scene: Outage) -> None:
+        await scene.registry.enter("a", "id-1")
+        await scene.registry.publish(node("a", "id-1"))
+        await scene.outlast_the_lease()
+        entry = await scene.other.enter("a", "id-2")
+        await scene.other.publish(node("a", "id-2", entry.generation))
+        await scene.other.leave()
+        await scene.line.plug()
+        assert "id-2" in str(await scene.registry.lost())
+        assert await scene.gone()
+        await scene.registry.leave()
+
+    outage(story)
+
+
+def test_a_restart_and_a_wipe_of_etcd_leave_the_name_live(
+    own_server: EtcdServer, prefix: str, run: Run, until: Until
+) -> None:
+    async def story() -> None:
+        async with connect(own_server.endpoint) as etcd:
+            registry = EtcdRegistry(etcd, root=prefix, live_s=1)
+            await registry.enter("a", "id-1")
+
+            async def live() -> bool:
+                try:
+                    return await etcd.get(prefix + "live/a") is not None
+                except EtcdUnavailable:
+                    return False
+
+            own_server.kill()
+            own_server.start()
+            await until(live)
+            own_server.kill()
+            own_server.wipe()
+            own_server.start()
+            await until(live)
+            await registry.leave()
+
+    run(story())
+
+
+def test_peers_are_followed_through_a_restart_and_a_compaction(
+    own_server: EtcdServer, prefix: str, run: Run, cable: Any
+) -> None:
+    async def story() -> None:
+        async with (
+            cable(own_server.endpoint) as line,
+            connect(own_server.endpoint) as far,
+            connect(line.endpoint) as near,
+            aclosing(EtcdRegistry(near, root=prefix).watch_nodes()) as watch,
+        ):
+            other = EtcdRegistry(far, root=prefix)
+            await other.publish(node("a", "id-1"))
+            while set(await anext(watch)) != {"a"}:
+                pass
+            await line.pull()
+            own_server.kill()
+            own_server.start()
+            while True:
+                try:
+                    await far.delete(prefix + "nodes/a")
+                    await other.publish(node("b", "id-2"))
+                    break
+                except EtcdUnavailable:
+                    await asyncio.sleep(0.01)
+            await far.compact((await far.get_prefix(prefix)).revision)
+            await line.plug()
+            while set(await anext(watch)) != {"b"}:
+                pass
+
+    run(story())
