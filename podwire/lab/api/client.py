@@ -19,7 +19,7 @@ import msgspec
 
 from podwire.lab.api import kinds
 from podwire.lab.api.admission import Object
-from podwire.lab.api.errors import ApiError, NotFound, Unreachable, from_status
+from podwire.lab.api.errors import ApiError, BadRequest, NotFound, Unreachable, from_status
 from podwire.lab.api.kinds import Kind, Registry
 
 _APPLY = "application/apply-patch+yaml"
@@ -92,7 +92,7 @@ class Client:
         kind = self.kind_of(manifest)
         name = manifest["metadata"].get("name")
         if not name:
-            raise NotFound(f"{kind.kind}: metadata.name: a deletion needs the object's name")
+            raise BadRequest(f"{kind.kind}: metadata.name: a deletion needs the object's name")
         try:
             self.request("DELETE", path(kind, _namespace(kind, manifest, namespace), name))
         except NotFound:

@@ -18,7 +18,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
@@ -75,6 +75,9 @@ class ApiServer:
             site: web.BaseSite
             site = web.SockSite(runner, listener) if listener else web.TCPSite(runner, host, port)
             await site.start()
+            if isinstance(runner.addresses[0], str):  # a unix socket has no URL of its own
+                yield "http://localhost"
+                return
             address, number = runner.addresses[0][:2]
             yield f"http://[{address}]:{number}" if ":" in address else f"http://{address}:{number}"
         finally:
@@ -136,11 +139,12 @@ class ApiServer:
         handler = self._handler(request, target)
         kind = self.store.kinds.find(target.group, target.version, target.plural)
         if kind is None:
-            kind = await self._learn(request, target)
+            kind = await self._unknown(request, target)
         if target.subresource and not _has_subresource(kind, target.subresource):
             raise NotFound(f"{kind.resource} have no {target.subresource!r} here")
         response = await handler(request, kind, target)
-        if request.method in ("POST", "PATCH", "PUT") and response.status < 300:
+        if request.method in ("POST", "PATCH", "PUT"):
+            self.store.kinds.add(kind)  # only now: a refused object must not settle what the path's kind is called
             self._warn_once(kind, response)
         return response
 
@@ -158,8 +162,8 @@ class ApiServer:
             raise MethodNotAllowed(f"{request.method} is not supported here; {', '.join(verbs)} are")
         return verbs[request.method]
 
-    async def _learn(self, request: web.Request, target: Target) -> Kind:
-        """Makes a kind known by the first object of it that is sent; anything else about it is 404."""
+    async def _unknown(self, request: web.Request, target: Target) -> Kind:
+        """The kind that the first object of it declares by being sent; anything else about it is 404."""
         applied = request.method == "PATCH" and request.content_type == _APPLY
         if target.subresource or not (request.method == "POST" or applied):
             raise NotFound("the server could not find the requested resource")
@@ -169,8 +173,7 @@ class ApiServer:
                 f"kind: Required value: {target.plural} are not known yet, so the object must say its kind"
             )
         namespaced = bool(target.namespace)
-        new = kinds.stored(target.group, target.version, name, target.plural, namespaced=namespaced)
-        return self.store.kinds.add(new)
+        return kinds.stored(target.group, target.version, name, target.plural, namespaced=namespaced)
 
     def _warn_once(self, kind: Kind, response: web.StreamResponse) -> None:
         if not kind.stored_only or kind.key in self._warned:
@@ -235,14 +238,15 @@ class ApiServer:
         return response
 
     async def _stream(
-        self, request: web.Request, kind: Kind, response: web.StreamResponse, events: AsyncIterator[Event]
+        self, request: web.Request, kind: Kind, response: web.StreamResponse, events: AsyncGenerator[Event, None]
     ) -> None:
         try:
-            async for event in events:
-                shown = event.object
-                if event.type is not EventType.BOOKMARK:
-                    shown = self._shaped(request, kind, shown)
-                await response.write(_line({"type": event.type.value, "object": shown}))
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    shown = event.object
+                    if event.type is not EventType.BOOKMARK:
+                        shown = self._shaped(request, kind, shown)
+                    await response.write(_line({"type": event.type.value, "object": shown}))
         except Gone as error:
             await response.write(_line({"type": "ERROR", "object": error.to_object()}))
 
@@ -276,6 +280,7 @@ class ApiServer:
             done, new = self.store.apply(kind, obj, manager, subresource=target.subresource, dry_run=dry_run)
             self._learn_definition(kind, done)
             return web.json_response(done, status=201 if new else 200)
+        _check_patch_type(how, kind)
         change = _change(how, await requests.plain(request), kind)
         done = self.store.modify(
             kind, target.name, target.namespace, change, subresource=target.subresource, dry_run=dry_run
@@ -354,10 +359,13 @@ def _change(content_type: str, body: Any, kind: Kind) -> Callable[[Object], Obje
             return lambda obj: patch.merge_patch(obj, body)
         case "application/json-patch+json":
             return lambda obj: patch.json_patch(obj, body)
-        case "application/strategic-merge-patch+json" if kind.builtin:
-            keys = patch.merge_keys(kind.kind)
-            return lambda obj: patch.strategic_patch(obj, body, keys)
+    keys = patch.merge_keys(kind.kind)
+    return lambda obj: patch.strategic_patch(obj, body, keys)
+
+
+def _check_patch_type(content_type: str, kind: Kind) -> None:
     known = ["application/json-patch+json", "application/merge-patch+json", _APPLY]
-    if kind.builtin:
+    if kind.builtin:  # of other kinds nobody has said by which keys their lists are merged
         known.insert(2, "application/strategic-merge-patch+json")
-    raise UnsupportedMediaType(f"the patch is {content_type}; for {kind.resource} it is one of {', '.join(known)}")
+    if content_type not in known:
+        raise UnsupportedMediaType(f"the patch is {content_type}; for {kind.resource} it is one of {', '.join(known)}")

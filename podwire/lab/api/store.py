@@ -16,7 +16,8 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from datetime import UTC, datetime
 
 import msgspec
@@ -124,7 +125,7 @@ class Store:
         after: int | None = None,
         bookmark_seconds: float | None = None,
         initial_bookmark: bool = False,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Events newer than version `after`; without one, everything there is as ADDED, and then what follows.
 
         `initial_bookmark` marks the end of that first part. Raises Gone when `after` is too old: list again.
@@ -137,8 +138,9 @@ class Store:
                 yield Event(EventType.ADDED, obj)
         if initial_bookmark:
             yield bookmark(kind, after, initial_end=True)
-        async for event in follow(self.log, view, after, bookmark_seconds):
-            yield event
+        async with aclosing(follow(self.log, view, after, bookmark_seconds)) as events:
+            async for event in events:
+                yield event
 
     # --- writing ------------------------------------------------------------------------------------------------
 

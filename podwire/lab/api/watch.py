@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
@@ -63,7 +63,9 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
         return Event(EventType.DELETED, gone)
 
 
-async def follow(log: ChangeLog, view: View, after: int, bookmark_seconds: float | None = None) -> AsyncIterator[Event]:
+async def follow(
+    log: ChangeLog, view: View, after: int, bookmark_seconds: float | None = None
+) -> AsyncGenerator[Event, None]:
     """Events newer than version `after`, for ever, with a BOOKMARK every `bookmark_seconds` (None: without).
 
     Raises Gone when `after` is not in the log, or the reader is so slow that it falls out of it.
