@@ -14,7 +14,7 @@ from typing import NoReturn
 import msgspec
 
 from podwire.errors import PodwireError
-from podwire.lab import cluster, names, node, process, state
+from podwire.lab import cluster, manifests, names, node, process, state
 from podwire.lab.state import LabState
 
 
@@ -81,9 +81,10 @@ def _say(line: str) -> None:
 
 
 def _up(arguments: argparse.Namespace) -> int:
+    objects = manifests.load(arguments.manifests)
     lab = cluster.up(wanted_lab(arguments), _say)
-    if arguments.manifests:
-        cluster.wait_ready(lab, cluster.apply(lab, arguments.manifests, _say))
+    if objects:
+        cluster.wait_ready(lab, cluster.apply(lab, objects, _say))
     _say(f"lab {lab.name} is up: export KUBECONFIG={lab.files.kubeconfig}")
     return 0
 
@@ -120,13 +121,13 @@ def wanted_lab(arguments: argparse.Namespace) -> LabState:
 
 
 def _apply(arguments: argparse.Namespace) -> int:
-    cluster.apply(state.load(arguments.name), arguments.manifests, print)
+    cluster.apply(state.load(arguments.name), manifests.load(arguments.manifests), print)
     return 0
 
 
 def _delete(arguments: argparse.Namespace) -> int:
     lab = state.load(arguments.name)
-    cluster.wait_deleted(lab, cluster.delete(lab, arguments.manifests, print))
+    cluster.wait_deleted(lab, cluster.delete(lab, manifests.load(arguments.manifests), print))
     return 0
 
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from podwire.errors import PodwireError
-from podwire.lab import client, names, node, process, state, topology
+from podwire.lab import manifests, names, node, process, state, topology
+from podwire.lab.api.client import Client
+from podwire.lab.api.kinds import PODS
 from podwire.lab.api.kubeconfig import kubeconfig
-from podwire.lab.client import Client
 from podwire.lab.container import container_environment
 from podwire.lab.etcd import EtcdServer
 from podwire.lab.names import ETCD_PORT, LabFiles
@@ -34,6 +34,8 @@ _START_SECONDS = 30.0
 _KILL_SECONDS = 10.0
 
 Say = Callable[[str], None]
+Object = dict[str, Any]
+PodName = tuple[str, str]  # namespace, name
 
 
 def up(lab: LabState, say: Say = lambda _: None) -> LabState:
@@ -168,19 +170,39 @@ def _still_runs(lab: LabState, role: str) -> None:
 # --- pods -------------------------------------------------------------------------------------------------------
 
 
-def apply(lab: LabState, manifests: Sequence[str | Path], say: Say = lambda _: None) -> list[tuple[str, str]]:
-    """Applies manifests as `kubectl apply` does. Returns the (namespace, name) of the pods among them."""
-    return client.apply_files(api_address(lab).url, manifests, say)
+def apply(lab: LabState, objects: Sequence[Object], say: Say = lambda _: None) -> list[PodName]:
+    """Applies objects as `kubectl apply` does, namespaces first. Returns the names of the pods among them."""
+    api, pods = client(lab), []
+    for obj in manifests.apply_order(objects):
+        made = api.apply(obj)
+        say(str(made))
+        for warning in made.warnings:
+            say(f"  warning: {warning}")
+        if made.kind is PODS:
+            pods.append((made.namespace, made.name))
+    return pods
 
 
-def delete(lab: LabState, manifests: Sequence[str | Path], say: Say = lambda _: None) -> list[tuple[str, str]]:
-    """Deletes what the manifests name. Returns the (namespace, name) of the pods among it."""
-    return client.delete_files(api_address(lab).url, manifests, say)
+def delete(lab: LabState, objects: Sequence[Object], say: Say = lambda _: None) -> list[PodName]:
+    """Deletes what the objects name, in reverse. Returns the names of the pods among them."""
+    api, pods = client(lab), []
+    for obj in reversed(manifests.apply_order(objects)):
+        there = api.delete(obj)
+        name = str(obj["metadata"]["name"])
+        say(f"{obj['kind'].lower()}/{name} {'deleted' if there else 'was not there'}")
+        if api.kind_of(obj) is PODS:
+            pods.append((obj["metadata"].get("namespace") or "default", name))
+    return pods
 
 
-def pods(lab: LabState) -> list[dict[str, Any]]:
+def client(lab: LabState) -> Client:
+    """A client of the lab's API server. Raises PodwireError when the lab was not completed."""
+    return Client(api_address(lab).url, manager="podwire-lab")
+
+
+def pods(lab: LabState) -> list[Object]:
     """All pods, as the API shows them."""
-    return Client(api_address(lab).url).list("v1", "Pod")
+    return client(lab).list(PODS)
 
 
 def exec_command(lab: LabState, namespace: str, name: str, container: str = "") -> tuple[list[str], dict[str, str]]:
@@ -188,7 +210,7 @@ def exec_command(lab: LabState, namespace: str, name: str, container: str = "") 
 
     Raises PodwireError when there is no such pod or container, or it does not run.
     """
-    pod = Client(api_address(lab).url).get("v1", "Pod", name, namespace)
+    pod = client(lab).get(PODS, name, namespace)
     if pod.get("status", {}).get("phase") != "Running":
         raise PodwireError(f"pod {namespace}/{name} does not run: it {what_lacks(pod) or 'has ended'}")
     known = {one["name"]: one for one in pod["spec"]["containers"]}
@@ -200,7 +222,7 @@ def exec_command(lab: LabState, namespace: str, name: str, container: str = "") 
     return node.enter_command(lab, pod["spec"]["nodeName"], netns), container_environment(pod, chosen, addresses)
 
 
-def wait_ready(lab: LabState, wanted: Sequence[tuple[str, str]], seconds: float = 60.0) -> None:
+def wait_ready(lab: LabState, wanted: Sequence[PodName], seconds: float = 60.0) -> None:
     """Waits until these pods are ready, or have succeeded. Raises PodwireError that says what each lacks."""
     missing: dict[str, str] = {}
 
@@ -222,7 +244,7 @@ def wait_ready(lab: LabState, wanted: Sequence[tuple[str, str]], seconds: float 
         time.sleep(0.05)
 
 
-def what_lacks(pod: dict[str, Any] | None) -> str:
+def what_lacks(pod: Object | None) -> str:
     """What a pod lacks to be ready, in words; empty when it is, or has succeeded."""
     if pod is None:
         return "is not there"
@@ -240,9 +262,9 @@ def what_lacks(pod: dict[str, Any] | None) -> str:
     return str(status.get("message") or "; ".join(waiting) or f"is {status.get('phase', 'Pending')}")
 
 
-def wait_deleted(lab: LabState, gone: Sequence[tuple[str, str]], seconds: float = 60.0) -> None:
+def wait_deleted(lab: LabState, gone: Sequence[PodName], seconds: float = 60.0) -> None:
     """Waits until these pods are gone. Raises PodwireError that names those left."""
-    left: set[tuple[str, str]] = set()
+    left: set[PodName] = set()
 
     def all_gone() -> bool:
         left.clear()

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from podwire.lab import cluster
 from podwire.lab.agent import daemon_status
-from podwire.lab.client import Client
+from podwire.lab.api.kinds import PODS, SERVICES
 from podwire.lab.node import METRICS_PORT
 from podwire.lab.state import LabState, NodeState
 
@@ -23,14 +23,14 @@ Object = dict[str, Any]
 def status(lab: LabState) -> Object:
     """The documented object. Raises PodwireError when the API server does not answer."""
     address = cluster.api_address(lab)
-    client = Client(address.url)
+    client = cluster.client(lab)
     return {
         "name": lab.name,
         "api": {"url": address.url, "kubeconfig": str(lab.files.kubeconfig)},
         "etcd": list(lab.etcd_endpoints),
         "nodes": [node_status(lab, node) for node in lab.nodes],
-        "pods": [pod_status(lab, pod) for pod in client.list("v1", "Pod")],
-        "services": [service_status(service) for service in client.list("v1", "Service")],
+        "pods": [pod_status(lab, pod) for pod in client.list(PODS)],
+        "services": [service_status(service) for service in client.list(SERVICES)],
     }
 
 
