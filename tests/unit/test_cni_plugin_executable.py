@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -39,10 +40,12 @@ class Daemon(cni_pb2_grpc.CNIServicer):
         self.requests: list[cni_pb2.CallRequest] = []
         self.response = cni_pb2.CallResponse(api=1, stdout=RESULT)
         self.hung = False
+        self.called = threading.Event()
         self.released = threading.Event()
 
     def Call(self, request: cni_pb2.CallRequest, context: grpc.ServicerContext) -> cni_pb2.CallResponse:  # noqa: N802
         self.requests.append(request)
+        self.called.set()
         if self.hung:
             context.add_callback(self.released.set)
             self.released.wait(PATIENCE)
@@ -264,6 +267,21 @@ def test_a_daemon_that_hangs(node: Node) -> None:
     with node.daemon() as daemon:
         daemon.hung = True
         assert error_of(node.run("ADD"))["code"] == 11
+
+
+def test_a_runtime_that_gives_up_ends_it_without_a_word(node: Node) -> None:
+    with node.daemon() as daemon:
+        daemon.hung = True
+        environment = {"CNI_COMMAND": "ADD", **VARIABLES}
+        pipe = subprocess.PIPE
+        with subprocess.Popen([node.executable], stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as process:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.stdin = None  # `communicate` would write to it
+            assert daemon.called.wait(PATIENCE)
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=PATIENCE) == (b"", b"")
+    assert process.returncode == -signal.SIGINT
 
 
 def test_a_del_of_nothing_that_could_be_found_is_not_queued(node: Node) -> None:
