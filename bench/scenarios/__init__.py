@@ -1,0 +1,29 @@
+"""The scenarios, in the order in which they run. To add one, write a module with a `run` and list it here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from bench.report import Report
+from bench.scenarios import churn, executable, latency, memory
+from bench.stage import Stage
+
+
+class Scenario(msgspec.Struct, frozen=True, kw_only=True):
+    """`run` takes the stage and how many times to measure; `name` is also its region of docs/performance.md."""
+
+    name: str
+    about: str
+    run: Callable[[Stage, int], Report]
+    rounds: int
+    quick: int
+
+
+SCENARIOS = (
+    Scenario(name="executable", about="the executable alone", run=executable.run, rounds=150, quick=20),
+    Scenario(name="latency", about="ADD and DEL against the reference plugins", run=latency.run, rounds=60, quick=8),
+    Scenario(name="churn", about="pods without a pause, and ten at once", run=churn.run, rounds=40, quick=10),
+    Scenario(name="memory", about="the daemon's memory with 200 pods", run=memory.run, rounds=200, quick=20),
+)
