@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from podwire.install import install
+from podwire.install import find_interpreter, install
 from podwire.v1 import cni_pb2, cni_pb2_grpc
 
 VARIABLES = {
@@ -207,6 +207,20 @@ def test_a_hostile_environment_changes_nothing(node: Node, tmp_path: Path) -> No
         done = node.run("ADD", variables={**VARIABLES, **hostile}, cwd=trap)
     assert (done.returncode, done.stdout, done.stderr) == (0, RESULT, b"")
     assert error_of(node.run("ADD", variables={**VARIABLES, **hostile}, cwd=trap))["code"] == 11
+
+
+def test_an_answered_call_imports_nothing_but_itself_and_what_is_compiled_in(node: Node) -> None:
+    """`json`, `re` or `socket` would double what the executable adds to the bare interpreter."""
+
+    def imported(*arguments: str | Path) -> set[str]:
+        command = [find_interpreter().path, "-IS", "-X", "importtime", *arguments]
+        environment = {"CNI_COMMAND": "ADD", **VARIABLES}
+        done = subprocess.run(command, input=b"{}", env=environment, capture_output=True, timeout=60, check=True)
+        return {line.rpartition("|")[2].strip() for line in done.stderr.decode().splitlines()}
+
+    with node.daemon():
+        added = imported(node.executable) - imported("-c", "pass")
+    assert {name for name in added if not name.startswith("cni_plugin")} <= {"_socket", "select", "errno"}
 
 
 # --- without a daemon --------------------------------------------------------------------------------------------
