@@ -292,6 +292,8 @@ def test_what_happened_while_cut_off_is_told_afterwards_in_order(
             aclosing(etcd.watch_prefix(prefix)) as watch,
         ):
             await anext(watch)
+            await other.put(prefix + "before", b"")
+            await anext(watch)  # what follows must not tell of it again
             await line.pull()
             for number in range(20):
                 await other.put(f"{prefix}{number}", b"")
