@@ -79,9 +79,13 @@ class BlockAllocator:
         cooling: Mapping[Address, float],
         last: Address | None,
     ) -> None:
-        """Forgets everything and starts from what the journal says; the queue of free addresses begins after `last`."""
+        """Forgets everything and starts from what the journal says; the queue of free addresses begins after `last`.
+
+        An address that was reused before its time is still among the cooling there: its wire, living or not, counts.
+        """
         self._used, self._releasing = set(used), set(releasing)
-        self._cooling = OrderedDict(sorted(cooling.items(), key=lambda item: item[1]))
+        cold = [each for each in cooling.items() if each[0] not in self._used | self._releasing]
+        self._cooling = OrderedDict(sorted(cold, key=lambda item: item[1]))
         taken = self._used | self._releasing | self._cooling.keys() | self._layout.reserved
         free = [address for address in self.block.cidr if address not in taken]
         later = next((i for i, address in enumerate(free) if last is not None and int(address) > int(last)), 0)

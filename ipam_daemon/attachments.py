@@ -32,7 +32,7 @@ from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Address, Attachment, AttachmentKey, AttachmentState, Block, Interface, Network
 from ipam_daemon.netlink import NetlinkThread, index_of
 from ipam_daemon.plan import gateways, plan_attachment
-from ipam_daemon.wires import Wires
+from ipam_daemon.wires import Wires, WireState
 
 _TOMBSTONES = 4096
 _REAP_DELAY = 0.05  # seconds for more wires to join the group: deleting many costs as much as deleting one
@@ -87,7 +87,7 @@ class Attachments:
             self._allocator.add_block(block).restore(
                 used=[a for a in used if a in block.cidr],
                 releasing=[a for a in releasing if a in block.cidr],
-                cooling={a: until for a, until in cooling.items() if a in block.cidr and a not in used},
+                cooling={a: until for a, until in cooling.items() if a in block.cidr},
                 last=next((a for a in last if a in block.cidr), None),
             )
         self._gateways = gateways(self._allocator.blocks)
@@ -139,6 +139,8 @@ class Attachments:
             attachment = self._journal.get(call.key)
             if attachment is None:
                 raise CheckFailed(f"{call.key} is not attached")
+            if self._known(attachment.addresses) != list(attachment.addresses):
+                raise TryAgainLater(f"{call.key}: its block is not known yet: {self.waiting_for}")
             differences = await self._thread.run(self._wires.differences, attachment, call.netns, self._gateways)
         differences += _previous_differences(call, attachment)
         if differences:
@@ -162,6 +164,16 @@ class Attachments:
             if current == attachment and current.created_ns < moment_ns:
                 await self._release(attachment)
                 log.warning("removed an attachment that nobody has", extra={"fields": _fields(attachment)})
+
+    async def mend(self, attachment: Attachment) -> WireState | None:
+        """Puts the wire's port right, and says what was found; None when the attachment has changed since it was read.
+
+        Under the lock: a DEL that comes in between would have its dead wire revived.
+        """
+        async with self._lock_of(attachment.key):
+            if self._journal.get(attachment.key) != attachment:
+                return None
+            return await self._thread.run(self._wires.mend, attachment)
 
     # --- wires on the way out
 

@@ -103,7 +103,7 @@ async def _run(chosen: Settings) -> None:
             app = health.make_app(agent.not_ready, status.refresh_metrics, metrics)
             runner = await health.serve(app, chosen.http_listen)
             stack.push_async_callback(runner.cleanup)
-        reconciler = Reconciler(journal, attachments, thread, wires, metrics)
+        reconciler = Reconciler(journal, attachments, metrics)
         stopped = _stop_event()
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -16,8 +16,7 @@ from ipam_daemon.identity import boottime_ns
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import AttachmentKey, AttachmentState
-from ipam_daemon.netlink import NetlinkThread
-from ipam_daemon.wires import Wires, WireState
+from ipam_daemon.wires import WireState
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +24,9 @@ log = logging.getLogger(__name__)
 class Reconciler:
     """The periodic round over this node's attachments."""
 
-    def __init__(
-        self, journal: Journal, attachments: Attachments, thread: NetlinkThread, wires: Wires, metrics: Metrics
-    ) -> None:
+    def __init__(self, journal: Journal, attachments: Attachments, metrics: Metrics) -> None:
         self._journal = journal
         self._attachments = attachments
-        self._thread = thread
-        self._wires = wires
         self._metrics = metrics
         self._missed: frozenset[AttachmentKey] = frozenset()
 
@@ -51,7 +46,7 @@ class Reconciler:
         for attachment in self._journal.attachments():
             if attachment.state is not AttachmentState.ATTACHED or attachment.created_ns >= moment:
                 continue
-            state = await self._thread.run(self._wires.mend, attachment)
+            state = await self._attachments.mend(attachment)
             if state is WireState.MENDED:
                 self._metrics.repairs.labels("port").inc()
                 log.warning("put a port back into the bridge", extra={"fields": {"link": attachment.host_ifname}})

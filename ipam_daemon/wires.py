@@ -139,7 +139,7 @@ class Wires:
 
     def differences(self, attachment: Attachment, netns_path: str, gateways: Mapping[Network, Address]) -> list[str]:
         """What of the wire is not as ADD left it, in words; empty when all is well."""
-        found = self._port_differences(attachment)
+        found = self._port_differences(self._port(attachment.host_ifname), attachment)
         try:
             netns = open_netns(netns_path)
         except NetnsError as error:
@@ -152,11 +152,19 @@ class Wires:
         finally:
             os.close(netns)
 
-    def _port_differences(self, attachment: Attachment) -> list[str]:
-        index = index_of(attachment.host_ifname)
-        if not index:
+    def _port(self, host_ifname: str) -> Any:
+        """The host's end as the kernel has it, None when it is gone."""
+        index = index_of(host_ifname)
+        try:
+            return self._thread.host.get_links(index)[0] if index else None
+        except NetlinkError as error:  # a namespace that is being deleted takes its wires with it at any moment
+            if error.code != errno.ENODEV:
+                raise
+            return None
+
+    def _port_differences(self, link: Any, attachment: Attachment) -> list[str]:
+        if link is None:
             return [f"{attachment.host_ifname} is gone"]
-        link = self._thread.host.get_links(index)[0]
         found = []
         if link.get("master") != index_of(self._bridge):
             found.append(f"{attachment.host_ifname} is not a port of {self._bridge}")
@@ -177,13 +185,13 @@ class Wires:
 
     def mend(self, attachment: Attachment) -> WireState:
         """Puts a wire's port back into the bridge, and up, when somebody took it out; says what was found."""
-        if not index_of(attachment.host_ifname):
+        link = self._port(attachment.host_ifname)
+        if link is None:
             return WireState.GONE
-        if not self._port_differences(attachment):
+        if not self._port_differences(link, attachment):
             return WireState.FINE
-        index = index_of(attachment.host_ifname)
         with naming(f"bridge port {attachment.host_ifname}"):
-            self._thread.host.link("set", index=index, master=index_of(self._bridge), state=_UP)
+            self._thread.host.link("set", index=link["index"], master=index_of(self._bridge), state=_UP)
         self._configure_port(attachment)
         return WireState.MENDED
 
