@@ -1,0 +1,128 @@
+"""Containers without a runtime: network namespaces of a lab, attached by exec'ing the node's own CNI executable.
+
+For tests that need many calls at once, or calls that fail: the lab's kubelet would try them again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from podwire.lab import names, node, topology
+from podwire.lab.agent import daemon_status
+from podwire.lab.state import LabState
+from podwire.v1 import agent_pb2
+
+CONFIG = {"cniVersion": "1.1.0", "name": "podwire", "type": "podwire"}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the executable printed, and how it exited."""
+
+    code: int
+    body: dict[str, Any]
+
+    @property
+    def error(self) -> int:
+        """The CNI error code, 0 for success."""
+        return 0 if self.code == 0 else int(self.body["code"])
+
+    @property
+    def address(self) -> str:
+        """The first address of a result, bare."""
+        return str(self.body["ips"][0]["address"]).split("/")[0]
+
+
+@dataclass(frozen=True)
+class Container:
+    """A namespace that stands for a container of a node."""
+
+    lab: LabState
+    node: str
+    name: str
+
+    @property
+    def netns(self) -> str:
+        """The path of its namespace."""
+        return str(self.lab.netns(f"box.{self.name}"))
+
+    def call(self, command: str, config: dict[str, Any] | None = None) -> Answer:
+        """Execs the CNI executable on the node."""
+        files = self.lab.files
+        executable = files.node_path(self.node, "/opt/cni/bin") / "podwire"
+        environment = {
+            "CNI_COMMAND": command,
+            "CNI_CONTAINERID": self.name,
+            "CNI_NETNS": self.netns,
+            "CNI_IFNAME": "eth0",
+            "CNI_PATH": str(executable.parent),
+        }
+        done = subprocess.run(
+            [str(executable)],
+            input=json.dumps(config or CONFIG).encode(),
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
+        assert not done.stderr, done.stderr
+        return Answer(done.returncode, json.loads(done.stdout) if done.stdout else {})
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command in the namespace."""
+        return subprocess.run(
+            ["nsenter", f"--net={self.netns}", "--", *command], capture_output=True, text=True, check=False
+        )
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        """Starts a command in the namespace."""
+        return subprocess.Popen(["nsenter", f"--net={self.netns}", "--", *command], stdout=subprocess.PIPE, text=True)
+
+    def links(self) -> set[str]:
+        """The names of the namespace's interfaces."""
+        return {line.split()[0].split("@")[0] for line in self.run("ip", "-br", "link").stdout.splitlines()}
+
+
+@contextmanager
+def containers(lab: LabState, node_name: str, prefix: str, count: int) -> Iterator[list[Container]]:
+    """`count` containers of a node, each with an empty namespace; the namespaces are gone afterwards."""
+    made = [Container(lab, node_name, f"{prefix}{number}") for number in range(count)]
+    paths = [names.namespace(lab.name, f"box.{each.name}") for each in made]
+    for path in paths:
+        topology.run(["ip", "netns", "add", path])
+    try:
+        yield made
+    finally:
+        topology.delete_namespaces(paths)
+
+
+def at_once(jobs: Iterable[Callable[[], T]], workers: int = 20) -> list[T]:
+    """Runs all jobs, `workers` at a time; their results in order."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda job: job(), jobs))
+
+
+def status(lab: LabState, node_name: str) -> agent_pb2.GetStatusResponse:
+    """What the node's daemon says."""
+    said = daemon_status(lab.files.ipamd_socket(node_name))
+    assert said is not None, f"no daemon on {node_name}"
+    return said
+
+
+def pod_links(lab: LabState, node_name: str) -> set[str]:
+    """The host's ends of the node's wires."""
+    out = topology.run([*node.enter_command(lab, node_name), "ip", "-br", "link"])
+    found = {line.split()[0].split("@")[0] for line in out.splitlines()}
+    return {name for name in found if name.startswith("pw") and name not in ("pw0", "pw-vxlan")}
+
+
+def on_node(lab: LabState, node_name: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command on the node."""
+    words: Sequence[str] = [*node.enter_command(lab, node_name), *command]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
