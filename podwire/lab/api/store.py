@@ -3,7 +3,7 @@
     create / update / modify / apply / bind / delete ──▶ admission ──▶ _commit: number, object, log entry ──▶ watchers
 
 Every write takes the next resourceVersion. A write that changes nothing takes none. An object that is kept is never
-changed in place, and callers always get copies (10 µs a pod), so what a caller does to its own is its own affair. All
+changed in place, and callers always get copies (3 µs a small pod) that are theirs to change. All
 of it belongs to one event loop: no method waits, hence none is interrupted, and nothing here is safe across threads.
 
 Deletion. Pods on a node are marked (deletionTimestamp) and stay until the kubelet deletes them with `grace_seconds=0`;
