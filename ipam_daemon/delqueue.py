@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -68,7 +69,7 @@ class DelQueue:
             await self._attachments.delete(parse_request(request))
         except FileNotFoundError:
             return "done"
-        except TryAgain as error:
+        except (TryAgain, OSError, sqlite3.Error) as error:
             log.warning("a queued DEL waits: %s", error, extra={"fields": {"file": path.name}})
             return "later"
         except (DecodeError, CniError) as error:
