@@ -11,8 +11,11 @@ Free addresses wait in a queue, so that the one freed longest ago comes next: wh
 neighbour entry for an address has the longest possible time to forget it. `releasing` addresses are never handed out,
 not even when the block is full: a wire with that address may still exist.
 
-Every operation is O(1) but restoring, which is O(size of the blocks). An allocator is a cache of the journal and can be
-rebuilt from it at any time; it does no I/O and takes the time as an argument (seconds, any epoch).
+With several blocks, a free address of any of them goes before a cooling one, and of those the oldest comes first.
+
+An operation is O(1) in addresses and O(blocks), but for restoring, which is O(size of the blocks). An allocator is a
+cache of the journal and can be rebuilt from it at any time; it does no I/O and takes the time as an argument (seconds,
+any epoch).
 """
 
 from __future__ import annotations
@@ -91,15 +94,22 @@ class BlockAllocator:
         later = next((i for i, address in enumerate(free) if last is not None and int(address) > int(last)), 0)
         self._free = deque(free[later:] + free[:later])
 
-    def allocate(self, now: float) -> Address | None:
-        """An address, now used; None when every one is used, releasing or reserved."""
+    def take_free(self, now: float) -> Address | None:
+        """The address that is free for longest, now used; None when none is free."""
         self._thaw(now)
-        if self._free:
-            address = self._free.popleft()
-        elif self._cooling:
-            address, _ = self._cooling.popitem(last=False)
-        else:
+        if not self._free:
             return None
+        address = self._free.popleft()
+        self._used.add(address)
+        return address
+
+    def oldest_cooling(self) -> float | None:
+        """When the address that cools for longest will be cool; None when none is cooling."""
+        return next(iter(self._cooling.values()), None)
+
+    def take_cooling(self) -> Address:
+        """The address that cools for longest, now used before its time; there must be one."""
+        address, _ = self._cooling.popitem(last=False)
         self._used.add(address)
         return address
 
@@ -190,10 +200,16 @@ class Allocator:
         return tuple(each.use(now) for each in self._blocks.values())
 
     def _allocate_of(self, family: int, now: float) -> Interface | None:
-        for cidr, each in self._blocks.items():
-            if cidr.version == family and (address := each.allocate(now)) is not None:
-                return ipaddress.ip_interface(f"{address}/{cidr.prefixlen}")
-        return None
+        """A free address of any block of the family; without one, of all cooling addresses the oldest."""
+        blocks = [each for cidr, each in self._blocks.items() if cidr.version == family]
+        for each in blocks:
+            if (address := each.take_free(now)) is not None:
+                return _with_prefix(address, each.block.cidr)
+        cooling = [(until, each) for each in blocks if (until := each.oldest_cooling()) is not None]
+        if not cooling:
+            return None
+        _, oldest = min(cooling, key=lambda pair: pair[0])
+        return _with_prefix(oldest.take_cooling(), oldest.block.cidr)
 
     def _of(self, interface: Interface) -> BlockAllocator:
         return self._blocks[interface.network]
@@ -207,3 +223,7 @@ class Allocator:
             f"{sum(use.releasing for use in uses)} releasing, {sum(use.cooling for use in uses)} cooling, "
             f"{sum(use.reserved for use in uses)} reserved"
         )
+
+
+def _with_prefix(address: Address, cidr: Network) -> Interface:
+    return ipaddress.ip_interface(f"{address}/{cidr.prefixlen}")

@@ -200,8 +200,9 @@ class Attachments:
         with self._metrics.phase("DEL", "reap"):
             gone = await self._thread.run(self._wires.reap, [each.host_ifname for each in releasing])
         done = [each for each in releasing if each.host_ifname in gone]
-        until = self._clock() + self._cooldown
-        self._journal.cool(done, until)
+        now = self._clock()
+        until = now + self._cooldown
+        self._journal.cool(done, now, until)
         for each in done:
             self._allocator.cool(self._known(each.addresses), until)
         return len(done) < len(releasing)

@@ -13,7 +13,7 @@ The tables, one row per …
     block        block of this node, so that pods start while etcd is away
     meta         the boot that the rest belongs to, the last address given, whether the peers were programmed once
 
-A file of another boot is emptied but for its blocks: nothing else in it exists any more. A file that SQLite cannot read
+A file of another boot is emptied but for its blocks: nothing else in it exists any more. A file that cannot be read
 is set aside under a name of its own, and the caller is told to rebuild from the kernel.
 """
 
@@ -59,6 +59,7 @@ class Journal:
         self.set_aside: Path | None = None
         try:
             self._db = _open(path)
+            self._read_all()
         except sqlite3.OperationalError:  # no such folder, disk full, locked: nothing is wrong with the file
             raise
         except sqlite3.DatabaseError:
@@ -72,6 +73,14 @@ class Journal:
                 for table in ("attachment", "releasing", "cooling", "meta"):
                     self._db.execute(f"DELETE FROM {table}")
                 self.set_meta("boot_id", boot_id)
+
+    def _read_all(self) -> None:
+        """Rows that cannot be read, of another version perhaps, are damage like any other, and better found now."""
+        try:
+            _ = self.attachments(), self.releasing(), self.cooling(), self.blocks(), self.last()
+        except (sqlite3.Error, msgspec.DecodeError, ValueError) as error:
+            self._db.close()
+            raise sqlite3.DatabaseError(f"a row cannot be read: {error}") from error
 
     def close(self) -> None:
         """Closes the file; everything written is in it."""
@@ -135,15 +144,15 @@ class Journal:
             for name, texts in rows
         )
 
-    def cool(self, gone: Iterable[Releasing], until: float) -> None:
-        """Records wires that were seen gone; their addresses cool until `until` (seconds since the epoch)."""
+    def cool(self, gone: Iterable[Releasing], now: float, until: float) -> None:
+        """Records wires that were seen gone; their addresses cool from `now` to `until` (seconds since the epoch)."""
         with self._transaction():
             for each in gone:
                 self._db.execute("DELETE FROM releasing WHERE host_ifname = ?", (each.host_ifname,))
                 self._db.executemany(
                     "INSERT OR REPLACE INTO cooling VALUES (?, ?)", [(str(a.ip), until) for a in each.addresses]
                 )
-            self._db.execute("DELETE FROM cooling WHERE until < ?", (time.time(),))
+            self._db.execute("DELETE FROM cooling WHERE until <= ?", (now,))
 
     def cooling(self) -> dict[Address, float]:
         """Address → when it is cool, in seconds since the epoch."""
