@@ -84,7 +84,10 @@ def _up(arguments: argparse.Namespace) -> int:
     objects = manifests.load(arguments.manifests)
     lab = cluster.up(wanted_lab(arguments), _say)
     if objects:
-        cluster.wait_ready(lab, cluster.apply(lab, objects, _say))
+        try:
+            cluster.wait_ready(lab, cluster.apply(lab, objects, _say))
+        except PodwireError as error:
+            raise PodwireError(f"lab {lab.name} is up, but its manifests are not: {error}") from error
     _say(f"lab {lab.name} is up: export KUBECONFIG={lab.files.kubeconfig}")
     return 0
 

@@ -24,7 +24,7 @@ from podwire.lab.api.errors import Gone, NotFound
 from podwire.lab.api.kinds import PODS
 from podwire.lab.api.log import EventType
 from podwire.lab.api.store import Store
-from podwire.lab.cni import Attachment, CniError, Runtime, result_addresses
+from podwire.lab.cni import Attachment, Runtime, result_addresses
 from podwire.lab.container import Container, now, plan_program
 from podwire.lab.events import record
 from podwire.lab.node import enter_command
@@ -101,13 +101,6 @@ class PodWorker:
         self._containers: list[Container] = []
         self._started = now()
         self._netns_name = names.pod_namespace(state.name, self._namespace, self._name)
-        files = state.files
-        self._runtime = Runtime(
-            enter_command(state, self._node.name),
-            files.node_path(self._node.name, "/opt/cni/bin"),
-            files.node_path(self._node.name, "/etc/cni/net.d"),
-            {MARK: state.name},
-        )
 
     def end(self, grace_seconds: float = 0.0) -> None:
         """Asks it to take the pod down; a later call shortens the grace."""
@@ -144,7 +137,7 @@ class PodWorker:
             try:
                 await self._make_namespace()
                 self._attachment = self._new_attachment()
-                self._result = await self._runtime.add(self._attachment)
+                self._result = await self._runtime().add(self._attachment)
                 self._addresses = result_addresses(self._result)
                 return True
             except (PodwireError, OSError) as error:
@@ -162,13 +155,18 @@ class PodWorker:
         tries = 0
         while self._attachment is not None:
             try:
-                await self._runtime.delete(self._attachment, self._result)
+                await self._runtime().delete(self._attachment, self._result)
                 self._attachment = self._result = None
-            except (CniError, PodwireError, OSError) as error:
+            except (PodwireError, OSError) as error:
                 self._report("FailedKillPod", f"failed to take the pod's network down: {error}")
                 await asyncio.sleep(_back_off(tries))
                 tries += 1
         await self._delete_namespace()
+
+    def _runtime(self) -> Runtime:
+        files, node = self._state.files, self._node.name
+        bin_dir, conf_dir = files.node_path(node, "/opt/cni/bin"), files.node_path(node, "/etc/cni/net.d")
+        return Runtime(enter_command(self._state, node), bin_dir, conf_dir, {MARK: self._state.name})
 
     async def _make_namespace(self) -> None:
         await self._delete_namespace()  # what an earlier try may have left

@@ -64,7 +64,8 @@ def start_holder(state: LabState, node: NodeState) -> None:
     for folder in names.NODE_FOLDERS:
         files.node_path(node.name, folder).mkdir(parents=True)
     binds = "\n".join(
-        f"mount --bind {shlex.quote(str(files.node_path(node.name, folder)))} {folder}" for folder in names.NODE_FOLDERS
+        f"mkdir -p {folder}; mount --bind {shlex.quote(str(files.node_path(node.name, folder)))} {folder}"
+        for folder in names.NODE_FOLDERS
     )
     own = files.node_folder(node.name)
     script = _HOLDER.format(scratch=own / "cgroup", binds=binds, ready=own / "ready")

@@ -46,10 +46,16 @@ class Process(msgspec.Struct, frozen=True):
     def wait_gone(self, seconds: float) -> bool:
         """Waits until it is gone; False when it is still there after `seconds`."""
         with contextlib.suppress(PodwireError):
-            wait_for(lambda: not self.alive, seconds, f"process {self.pid} to end")
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, os.WNOHANG)
+            wait_for(lambda: not self.alive and _buried(self.pid), seconds, f"process {self.pid} to end")
         return not self.alive
+
+
+def _buried(pid: int) -> bool:
+    """False while a child of this process is there; takes the exit code of a dead one, which else stays as a zombie."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:  # someone else's
+        return True
 
 
 def _stat(pid: int) -> int | None:
@@ -58,7 +64,9 @@ def _stat(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text[text.rindex(")") + 2 :].split()  # the command before it may hold spaces and brackets
-    return None if fields[0] in "ZX" else int(fields[19])
+    # The first thread shows as a zombie while others are still on their way out, and hold the namespace.
+    ended = fields[0] in "ZX" and int(fields[17]) <= 1
+    return None if ended else int(fields[19])
 
 
 def marked_environment(lab: str) -> dict[str, str]:
@@ -139,15 +147,19 @@ def marked(lab: str) -> list[int]:
 
 def kill_all(find: Callable[[], list[int]], seconds: float, spared: frozenset[int] = frozenset()) -> None:
     """Kills what `find` finds, until it finds nothing more. Raises PodwireError when something is left."""
+    killed: set[Process] = set()
 
     def none_left() -> bool:
-        pids = [pid for pid in find() if pid not in spared and _stat(pid) is not None]
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return not pids
+        pids = [pid for pid in find() if pid not in spared]
+        found = [Process(pid, started) for pid in pids if (started := _stat(pid)) is not None]
+        killed.update(found)
+        for process in found:
+            process.kill()
+        return not found
 
     wait_for(none_left, seconds, "the lab's processes to end")
+    for process in killed:  # one that is on its way out shows neither its environment nor its namespace any more
+        process.wait_gone(seconds)
 
 
 def ancestors() -> frozenset[int]:

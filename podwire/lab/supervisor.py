@@ -22,6 +22,7 @@ import msgspec
 from podwire import logs, netns
 from podwire.lab import names, state
 from podwire.lab.agent import daemon_status
+from podwire.lab.api.errors import NotFound
 from podwire.lab.api.kinds import NODES
 from podwire.lab.api.server import ApiServer
 from podwire.lab.api.store import Store
@@ -92,7 +93,8 @@ def _set_ready(store: Store, node: str, ready: bool, message: str) -> None:
         status = obj.get("status")
         return {**obj, "status": {**(status if isinstance(status, dict) else {}), "conditions": [condition]}}
 
-    store.modify(NODES, node, "", change, subresource="status")
+    with contextlib.suppress(NotFound):  # someone deleted the Node; the node itself goes on
+        store.modify(NODES, node, "", change, subresource="status")
 
 
 async def serve(lab: LabState, sockets: list[socket.socket], address: ApiAddress) -> None:
@@ -116,6 +118,8 @@ async def serve(lab: LabState, sockets: list[socket.socket], address: ApiAddress
 def main() -> None:
     """Serves the lab that the one argument names."""
     logs.configure("info")
+    if sys.version_info < (3, 12):  # where a thread waits for each child
+        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
     lab = state.load(sys.argv[1])
     sockets, address = listen(lab)
     asyncio.run(serve(lab, sockets, address))

@@ -1,0 +1,5 @@
+"""Fixtures of the tests in network namespaces."""
+
+from tests.netns.lab_fixtures import lab
+
+__all__ = ["lab"]
