@@ -30,7 +30,7 @@ from ipam_daemon.model import Address, Attachment, AttachmentKey, Network, PodRe
 VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
 DEFAULT_ROUTE = {4: "0.0.0.0/0", 6: "::/0"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\Z")
-_IFNAME_FORBIDDEN = re.compile(r"[/:\s]")
+_IFNAME_FORBIDDEN = re.compile(r"[/:%\0\s]")  # the kernel completes a name with % to another one
 COMMANDS = {  # the version that brought each command (CNI 1.1.0, section 2)
     "ADD": "0.3.1",
     "DEL": "0.3.1",
@@ -113,7 +113,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse(*, command: str, container_id: str, netns: str, ifname: str, args: str, stdin: bytes, issued_ns: int) -> Call:
-    """The call that the runtime makes. Raises a CniError of code 1, 4, 6 or 7 that names what is wrong."""
+    """The call that the runtime makes. Raises a CniError of code 1, 2, 4, 6 or 7 that names what is wrong."""
     if command not in COMMANDS:
         raise InvalidEnvironment(f"CNI_COMMAND is {command!r}, expected one of {', '.join(COMMANDS)} or VERSION")
     if command in ("ADD", "CHECK", "DEL"):
@@ -129,7 +129,7 @@ def parse(*, command: str, container_id: str, netns: str, ifname: str, args: str
         container_id=container_id,
         ifname=ifname,
         netns=netns,
-        pod=_parse_args(args),
+        pod=_parse_args(args) if command == "ADD" else PodRef(),  # what ADD refuses must not stop the DEL that follows
         issued_ns=issued_ns,
     )
 
@@ -150,7 +150,7 @@ def _check_environment(container_id: str, ifname: str, netns: str | None) -> Non
     if not _NAME.match(container_id):
         wrong.append(f"CNI_CONTAINERID is {container_id!r}, expected [A-Za-z0-9][A-Za-z0-9_.-]*")
     if not 1 <= len(ifname.encode()) <= 15 or ifname in (".", "..") or _IFNAME_FORBIDDEN.search(ifname):
-        wrong.append(f"CNI_IFNAME is {ifname!r}, expected 1 to 15 bytes without '/', ':' or white space")
+        wrong.append(f"CNI_IFNAME is {ifname!r}, expected 1 to 15 bytes without '/', ':', '%' or white space")
     if netns == "":
         wrong.append("CNI_NETNS is missing, expected the path of a network namespace")
     if wrong:
