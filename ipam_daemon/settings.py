@@ -70,9 +70,9 @@ def _first_wrong(settings: Settings) -> str:
         return f"mtu is {settings.mtu}, expected 576 to 65535, or 0 to follow the underlay"
     if settings.log_level not in ("debug", "info", "warning", "error"):
         return f"logLevel is {settings.log_level!r}, expected debug, info, warning or error"
-    if settings.cooldown < 0:
+    if not settings.cooldown >= 0:  # NaN is neither
         return f"cooldown is {settings.cooldown}, expected seconds, 0 or more"
-    if settings.reconcile_interval <= 0:
+    if not settings.reconcile_interval > 0:
         return f"reconcileInterval is {settings.reconcile_interval}, expected seconds, more than 0"
     _, colon, port = settings.http_listen.rpartition(":")
     if settings.http_listen and not (colon and port.isdigit() and int(port) <= 65535):

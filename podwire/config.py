@@ -27,7 +27,7 @@ def load(path: Path, kind: type[T], dec_hook: Callable[[Any, Any], Any] | None =
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     try:
         return msgspec.convert({} if plain is None else plain, kind, dec_hook=dec_hook)
