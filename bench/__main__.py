@@ -34,8 +34,11 @@ def main() -> int:
     unknown = set(arguments.scenario) - {each.name for each in SCENARIOS}
     if unknown:
         parser.error(f"no scenario {', '.join(sorted(unknown))}")
+    if arguments.write_docs and arguments.scenario:
+        parser.error("--write-docs takes all scenarios: the document is about one run")
     chosen = [each for each in SCENARIOS if not arguments.scenario or each.name in arguments.scenario]
-    signal.signal(signal.SIGTERM, _interrupted)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupted)
     described = machine.describe()
     print(_machine(described), flush=True)
     try:

@@ -35,13 +35,14 @@ _POLL = 0.0002  # seconds between looks for the link, which take 5 µs each
 
 
 class Added(msgspec.Struct, frozen=True, kw_only=True):
-    """A pod that is attached."""
+    """A pod that is attached. `first_connection` is how many seconds its first connection took, right after ADD."""
 
     pod: Namespace
     container_id: str
     finished: Finished
     result: dict[str, Any]
     host_ifname: str
+    first_connection: float
 
 
 class Deleted(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,8 +71,15 @@ class Contender:
         address, gateway = result["ips"][0]["address"], result["ips"][0]["gateway"]
         with pod.entered():
             _check_address(self.name, address)
-            _check_refused(self.name, gateway)
-        return Added(pod=pod, container_id=container_id, finished=finished, result=result, host_ifname=host_ifname)
+            first_connection = _check_refused(self.name, gateway)
+        return Added(
+            pod=pod,
+            container_id=container_id,
+            finished=finished,
+            result=result,
+            host_ifname=host_ifname,
+            first_connection=first_connection,
+        )
 
     def delete(self, added: Added) -> Deleted:
         """Detaches the pod, then waits until its link is gone. Raises BenchFailed when it was not or is not."""
@@ -160,13 +168,16 @@ def _check_address(who: str, expected: str) -> None:
         raise BenchFailed(f"{who}: {IFNAME} has address {found}, the result says {expected}")
 
 
-def _check_refused(who: str, gateway: str) -> None:
+def _check_refused(who: str, gateway: str) -> float:
+    began = time.perf_counter()
     with socket.socket() as client:
         client.settimeout(5)
         number = client.connect_ex((gateway, _CLOSED_PORT))
+    taken = time.perf_counter() - began
     if number != errno.ECONNREFUSED:
         said = os.strerror(number) if number else "accepted"
         raise BenchFailed(f"{who}: a connection from the pod to its gateway {gateway} was to be refused: {said}")
+    return taken
 
 
 def _ioctl(request: int, ifname: str) -> bytes | None:

@@ -25,6 +25,7 @@ from bench.statistic import median, percentile, ratio_of_medians
 _WARM_UP = 3
 _PAUSE = 0.01  # seconds between calls
 _COUNTED_WITHIN = 5.0  # seconds
+_LATE = 0.5  # seconds; ARP and TCP send a lost first packet again after one
 _MASQUERADED = "bridge + host-local, ipMasq"
 _BARE = "bridge + host-local, bare"
 _SHARE = "executable's own share"
@@ -105,6 +106,7 @@ class _PodwireTurn:
 
 def _note_turn(samples: Samples, name: str, added: Added, deleted: Deleted) -> None:
     _note(samples, f"{name}: ADD", added.finished.seconds)
+    _note(samples, f"{name}: first connection", added.first_connection)
     _note(samples, f"{name}: DEL", deleted.finished.seconds)
     _note(samples, f"{name}: DEL, until the link is gone", deleted.gone_seconds)
 
@@ -130,7 +132,12 @@ def _report(samples: Samples, rounds: int) -> Report:
         ),
     ]
     return Report(
-        tables=(_comparison(samples, rounds), _profile(samples, "ADD"), _profile(samples, "DEL")),
+        tables=(
+            _comparison(samples, rounds),
+            _first_connections(samples),
+            _profile(samples, "ADD"),
+            _profile(samples, "DEL"),
+        ),
         bounds=tuple(bounds),
         samples=samples,
     )
@@ -153,6 +160,20 @@ def _comparison(samples: Samples, rounds: int) -> Table:
             "CPU is the median of the time on a CPU of the plugin's processes and, for Podwire, of the daemon (for DEL "
             "with what it does until the link is gone).",
         ),
+    )
+
+
+def _first_connections(samples: Samples) -> Table:
+    """Whether a wire works when ADD says so: a first packet that is lost is sent again a second later."""
+    rows = []
+    for name in ("Podwire", _MASQUERADED, _BARE):
+        taken = samples[f"{name}: first connection"]
+        late = sum(each > _LATE for each in taken)
+        rows.append((name, f"{median(taken) * 1000:.2f}", milliseconds(max(taken)), f"{late} of {len(taken)}"))
+    return Table(
+        title="The pod's first TCP connection to its gateway, right after ADD, ms",
+        columns=("", "median", "slowest", f"later than {_LATE:g} s"),
+        rows=tuple(rows),
     )
 
 
