@@ -124,7 +124,9 @@ class Contender:
     def _find_host_link(self, result: dict[str, Any]) -> str:
         """The node's end of the wire: the interface of the result that is neither the pod's nor the bridge."""
         bridge = self._config.get("bridge")
-        names = [each["name"] for each in result["interfaces"] if not each.get("sandbox") and each["name"] != bridge]
+        names = [
+            each["name"] for each in result.get("interfaces", ()) if not each.get("sandbox") and each["name"] != bridge
+        ]
         if len(names) != 1:
             raise BenchFailed(f"{self.name}: the result names the links {names} of the node, expected one")
         with self.node.entered():
