@@ -14,18 +14,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 REFERENCE = "podwire.test/busybox:1"
+"""A container that runs what it is told to, or nothing for ever: so it is a sandbox's pause image, too."""
 _BUSYBOX = Path("/bin/busybox")
 _APPLETS = ("cat", "ip", "ping", "sh", "sleep", "wget")
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+_FOREVER = 2**31 - 1
 
 
-def write_image(path: Path) -> None:
-    """Writes the archive to `path`; 2 MB, one layer, tagged REFERENCE."""
+def write_image(path: Path, environment: Mapping[str, str]) -> None:
+    """Writes the archive to `path`; 2 MB, one layer, tagged REFERENCE. Its containers have the environment."""
     layer = _layer()
+    variables = {"PATH": "/bin", **environment}
     config = {
         "architecture": _ARCHITECTURES[platform.machine()],
         "os": "linux",
-        "config": {"Cmd": ["/bin/sh"], "Env": ["PATH=/bin"]},
+        "config": {
+            "Cmd": ["/bin/sleep", str(_FOREVER)],
+            "Env": [f"{name}={value}" for name, value in variables.items()],
+        },
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
     }
     manifest = [{"Config": "config.json", "RepoTags": [REFERENCE], "Layers": ["layer.tar"]}]

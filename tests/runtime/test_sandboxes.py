@@ -1,0 +1,85 @@
+"""Pod sandboxes as a kubelet runs them: containerd's CRI on two nodes, each with its own containerd and daemon."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from podwire.lab import process
+from podwire.lab.state import LabState
+from podwire.lab.talk import ask
+from podwire.v1 import agent_pb2
+from tests.runtime.agent import attachments
+from tests.runtime.containerd import PATIENCE, Containerd
+from tests.runtime.pods import Pods, host_links, pings, seen_by
+
+
+def test_runtime_and_daemon_tell_the_same_of_a_sandbox(lab: LabState, pods: Pods) -> None:
+    for pod in (pods.run("node1"), pods.run("node2")):
+        sandbox, attachment = pods.inspect(pod), attachments(lab, pod.node)[pod.sandbox]
+        assert sandbox.ready
+        assert [address.split("/")[0] for address in attachment.addresses] == [sandbox.address]
+        assert attachment.netns == sandbox.netns
+        named = (attachment.pod_namespace, attachment.pod_name, attachment.pod_uid)
+        assert named == (pod.namespace, pod.name, pod.uid)
+        assert (attachment.network, attachment.ifname) == ("podwire", "eth0")
+        assert attachment.state == agent_pb2.Attachment.STATE_ATTACHED
+        assert attachment.host_ifname in host_links(lab, pod.node)
+
+
+def test_sandboxes_of_two_nodes_see_each_other_under_their_own_addresses(pods: Pods) -> None:
+    first, second = (pods.inspect(pods.run(name)) for name in ("node1", "node2"))
+    assert first.address != second.address
+    for source, target in ((first, second), (second, first)):
+        assert pings(source.process_netns, target.address)
+        assert seen_by(target.process_netns, source.process_netns, target.address) == source.address
+
+
+def test_a_sandbox_talks_to_a_pod_of_the_lab(pods: Pods, peer: str) -> None:
+    sandbox = pods.inspect(pods.run("node1"))
+    answer = ask(sandbox.process_netns, peer, 8080)
+    assert (answer.pod, answer.node, answer.client, answer.untranslated) == ("peer", "node2", sandbox.address, True)
+
+
+def test_stopping_frees_address_and_link_and_may_be_repeated(lab: LabState, pods: Pods, containerd: Containerd) -> None:
+    pod = pods.run()
+    address = pods.inspect(pod).address
+    link = attachments(lab, "node1")[pod.sandbox].host_ifname
+    pods.stop(pod)
+    process.wait_for(lambda: not pods.attached(pod), PATIENCE, "the link to be seen gone")
+    assert link not in host_links(lab, "node1")
+    pods.wait_freed()
+    pods.stop(pod)
+    stopped = pods.inspect(pod)
+    assert not stopped.ready
+    pods.remove(pod)
+    pods.remove(pod)
+    assert containerd.cri.sandboxes() == []
+    assert pods.inspect(pods.run()).address != address, "a freed address cools"
+
+
+def crowd(lab: LabState, pods: Pods, size: int) -> None:
+    """Runs that many pods at once on one node, looks at them, and stops them at once."""
+    with ThreadPoolExecutor(size) as kubelet:
+        running = list(kubelet.map(pods.run, ["node1"] * size))
+        sandboxes = list(kubelet.map(pods.inspect, running))
+        known = attachments(lab, "node1")
+        assert len({sandbox.address for sandbox in sandboxes}) == size
+        for pod, sandbox in zip(running, sandboxes, strict=True):
+            attachment = known[pod.sandbox]
+            assert (attachment.pod_name, attachment.addresses[0].split("/")[0]) == (pod.name, sandbox.address)
+        assert pings(sandboxes[0].process_netns, sandboxes[-1].address)
+        list(kubelet.map(pods.stop, running))
+    pods.wait_freed()
+    assert not [pod for pod in running if pods.attached(pod)]
+    assert not host_links(lab, "node1")
+
+
+def test_twenty_pods_at_once(lab: LabState, pods: Pods) -> None:
+    crowd(lab, pods, 20)
+
+
+@pytest.mark.slow
+def test_fifty_pods_at_once(lab: LabState, pods: Pods) -> None:
+    crowd(lab, pods, 50)
