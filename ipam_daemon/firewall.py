@@ -16,7 +16,7 @@ import asyncio
 import hashlib
 import ipaddress
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -32,7 +32,7 @@ _NFT_SECONDS = 10.0
 
 
 class FirewallState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the kernel has: the hash of the chains (empty: no table) and set name → elements as text."""
+    """What the kernel has: the shape of the chains (empty: no table) and set name → elements as text."""
 
     chains: str
     elements: dict[str, frozenset[str]]
@@ -58,7 +58,8 @@ def desired(plan: FirewallPlan) -> FirewallState:
             for version in _FAMILIES:
                 elements[set_name(name, version)] = {_text(each) for each in members if each.version == version}
     return FirewallState(
-        chains=chains_hash(plan.vxlan_port), elements={name: frozenset(found) for name, found in elements.items()}
+        chains=shape(chains_hash(plan.vxlan_port), len(_rules(plan.vxlan_port))),
+        elements={name: frozenset(found) for name, found in elements.items()},
     )
 
 
@@ -67,7 +68,7 @@ def render(plan: FirewallPlan, actual: FirewallState) -> str:
     wanted = desired(plan)
     lines: list[str] = []
     if actual.chains != wanted.chains:
-        lines += _render_sets() + _render_chains(plan.vxlan_port, wanted.chains)
+        lines += _render_sets() + _render_chains(plan.vxlan_port, chains_hash(plan.vxlan_port))
     for name, elements in wanted.elements.items():
         there = actual.elements.get(name, frozenset())
         lines += _render_elements("delete", name, there - elements) + _render_elements("add", name, elements - there)
@@ -77,6 +78,11 @@ def render(plan: FirewallPlan, actual: FirewallState) -> str:
 def chains_hash(vxlan_port: int) -> str:
     """Identifies the rules, so that another version of them is recognised."""
     return hashlib.sha256("\n".join(_rules(vxlan_port)).encode()).hexdigest()[:16]
+
+
+def shape(mark: str, rules: int) -> str:
+    """Tells chains apart: the hash that they were made from and, should somebody flush one, the number of rules."""
+    return f"{mark} {rules}"
 
 
 def _rules(vxlan_port: int) -> list[str]:
@@ -136,17 +142,21 @@ def _text(member: Network | Address) -> str:
 class Firewall:
     """The table in the kernel."""
 
+    def __init__(self, nft: Sequence[str] = ("nft",)) -> None:
+        """`nft` is the command, with what goes before it to run it in another namespace."""
+        self._nft = tuple(nft)
+
     async def ensure(self, plan: FirewallPlan) -> bool:
         """Brings the table to `plan`. True when something had to be done. Raises PlumbingFailed with nft's words."""
         script = render(plan, await self.read())
         if script:
-            await _nft("-f", "-", stdin=script)
+            await _run(*self._nft, "-f", "-", stdin=script)
         return bool(script)
 
     async def read(self) -> FirewallState:
         """What the kernel has now."""
         try:
-            listing = json.loads(await _nft("-j", "list", "table", *TABLE.split()))
+            listing = json.loads(await _run(*self._nft, "-j", "list", "table", *TABLE.split()))
         except PlumbingFailed as error:
             if "No such file" in str(error):
                 return FirewallState(chains="", elements={})
@@ -156,31 +166,33 @@ class Firewall:
 
 def parse_listing(listing: dict[str, Any]) -> FirewallState:
     """The state in the output of `nft -j list table` (libnftables-json(5))."""
-    mark, elements = "", {}
+    mark, rules, elements = "", 0, {}
     for item in listing["nftables"]:
         if "set" in item:
             elements[item["set"]["name"]] = frozenset(_element(each) for each in item["set"].get("elem", ()))
         elif item.get("rule", {}).get("chain") == "shape":
             mark = item["rule"].get("comment", "")
-    return FirewallState(chains=mark, elements=elements)
+        elif "rule" in item:
+            rules += 1
+    return FirewallState(chains=shape(mark, rules), elements=elements)
 
 
 def _element(element: Any) -> str:
     if isinstance(element, dict) and "prefix" in element:
         return f"{element['prefix']['addr']}/{element['prefix']['len']}"
+    if isinstance(element, dict) and "range" in element:
+        return "-".join(element["range"])
     if isinstance(element, dict) and "elem" in element:
         return _element(element["elem"]["val"])
     return str(element)
 
 
-async def _nft(*arguments: str, stdin: str = "") -> str:
-    process = await asyncio.create_subprocess_exec(
-        "nft",
-        *arguments,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+async def _run(*command: str, stdin: str = "") -> str:
+    pipe = asyncio.subprocess.PIPE
+    try:
+        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
+    except OSError as error:
+        raise PlumbingFailed(f"{command[0]} cannot be run: {error.strerror}") from error
     try:
         out, err = await asyncio.wait_for(process.communicate(stdin.encode()), _NFT_SECONDS)
     except TimeoutError as error:
@@ -188,5 +200,5 @@ async def _nft(*arguments: str, stdin: str = "") -> str:
         await process.wait()
         raise PlumbingFailed(f"nft gave no answer within {_NFT_SECONDS:g} s") from error
     if process.returncode != 0:
-        raise PlumbingFailed(f"nft {' '.join(arguments)}: {' '.join(err.decode().split())}")
+        raise PlumbingFailed(f"{' '.join(command)}: {' '.join(err.decode().split())}")
     return out.decode()
