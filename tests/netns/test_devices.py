@@ -1,0 +1,217 @@
+"""Bridge and VXLAN device: brought to their plan, mended when somebody changed them, left alone when they are right."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ipam_daemon.devices import Devices
+from ipam_daemon.errors import PlumbingFailed, TryAgainLater
+from ipam_daemon.plan import BridgePlan, VxlanPlan
+from tests.netns.node_fixtures import Node, bridge_plan, engine, play, pods
+
+BRIDGE = bridge_plan(ipaddress.ip_network("10.244.1.0/24"))
+VXLAN = VxlanPlan(
+    name="pw-vxlan",
+    vni=7,
+    port=4789,
+    local=ipaddress.ip_address("192.0.2.1"),
+    mac="0a:58:0a:f4:01:02",
+    mtu=1450,
+    addresses=(ipaddress.ip_interface("10.244.1.2/32"),),
+)
+SYSCTLS = {
+    "net/ipv4/ip_forward": "1",
+    "net/ipv4/conf/all/send_redirects": "0",
+    "net/ipv4/conf/pw0/send_redirects": "0",
+}
+
+
+async def bridge(node: Node, plan: BridgePlan = BRIDGE) -> list[str]:
+    return await node.thread.run(Devices(node.thread).ensure_bridge, plan)
+
+
+async def vxlan(node: Node, plan: VxlanPlan = VXLAN) -> list[str]:
+    return await node.thread.run(Devices(node.thread).ensure_vxlan, plan)
+
+
+async def sysctl(node: Node, name: str) -> str:
+    return (await node.thread.run(Path(f"/proc/sys/{name}").read_text)).strip()
+
+
+def test_a_bridge_as_planned() -> None:
+    async def story() -> None:
+        async with Node() as node:
+            assert await bridge(node)
+            (link,) = node.json("addr", "show", "dev", "pw0")
+            assert (link["address"], link["mtu"], link["linkinfo"]["info_kind"]) == (BRIDGE.mac, 1450, "bridge")
+            assert "UP" in link["flags"]
+            assert [(each["local"], each["prefixlen"]) for each in link["addr_info"] if each["family"] == "inet"] == [
+                ("10.244.1.1", 24)
+            ]
+            data = link["linkinfo"]["info_data"]
+            assert (data["nf_call_iptables"], data["nf_call_ip6tables"]) == (1, 1)
+            for name, value in SYSCTLS.items():
+                assert await sysctl(node, name) == value, name
+            assert await bridge(node) == [], "a restart changes nothing"
+
+    play(story)
+
+
+def test_same_node_traffic_crosses_the_firewall_by_the_bridges_own_switch(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with engine(tmp_path) as it:
+            assert await sysctl(it.node, "net/bridge/bridge-nf-call-iptables") == "0"
+            with pods(2) as (a, b):
+                await it.add("a", a.path)
+                await it.add("b", b.path)
+                assert a.pings("10.244.1.4")
+                it.node.run(
+                    "nft",
+                    "-f",
+                    "-",
+                    stdin="table ip t { chain f { type filter hook forward priority 0; policy drop; }; }",
+                )
+                assert not a.pings("10.244.1.4"), "the node's firewall says no"
+                it.node.ip("link", "set", "pw0", "type", "bridge", "nf_call_iptables", "0")
+                assert a.pings("10.244.1.4"), "without the switch the firewall is not asked"
+                assert await bridge(it.node, bridge_plan(it.cidr)) == ["set nf_call_iptables of pw0"]
+                assert not a.pings("10.244.1.4")
+
+    play(story)
+
+
+CHANGES = {
+    "down": (["link set pw0 down"], ["set state of pw0"]),
+    "another MTU": (["link set pw0 mtu 1500"], ["set mtu of pw0"]),
+    "another MAC": (["link set pw0 address 02:00:00:00:00:01"], ["set address of pw0"]),
+    "without its address": (["addr flush dev pw0"], ["added 10.244.1.1/24 to pw0"]),
+    "its address with another prefix length": (
+        ["addr flush dev pw0", "addr add 10.244.1.1/16 dev pw0"],
+        ["added 10.244.1.1/24 to pw0"],
+    ),
+    "gone": (["link del pw0"], ["made bridge pw0", "set state of pw0", "added 10.244.1.1/24 to pw0"]),
+    "not asking for the firewall": (
+        ["link set pw0 type bridge nf_call_ip6tables 0"],
+        ["set nf_call_iptables of pw0"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("commands", "done"), CHANGES.values(), ids=CHANGES.keys())
+def test_a_bridge_that_somebody_changed_is_mended(commands: list[str], done: list[str]) -> None:
+    async def story() -> None:
+        async with Node() as node:
+            await bridge(node)
+            for words in commands:
+                node.ip(*words.split())
+            assert await bridge(node) == done
+            assert await bridge(node) == []
+
+    play(story)
+
+
+def test_a_vxlan_device_as_planned() -> None:
+    async def story() -> None:
+        async with Node() as node:
+            assert await vxlan(node)
+            (link,) = node.json("addr", "show", "dev", "pw-vxlan")
+            assert (link["address"], link["mtu"]) == (VXLAN.mac, 1450)
+            data = link["linkinfo"]["info_data"]
+            assert (data["id"], data["port"], data["local"], data["learning"]) == (7, 4789, "192.0.2.1", False)
+            assert [(each["local"], each["prefixlen"]) for each in link["addr_info"] if each["family"] == "inet"] == [
+                ("10.244.1.2", 32)
+            ]
+            assert await vxlan(node) == [], "a restart changes nothing"
+
+    play(story)
+
+
+SHAPES = {
+    "another VNI": {"vni": 8},
+    "another port": {"port": 8472},
+    "another underlay address": {"local": ipaddress.ip_address("192.0.2.9")},
+    "an underlay of IPv6": {"local": ipaddress.ip_address("2001:db8::1")},
+}
+
+
+@pytest.mark.parametrize("change", SHAPES.values(), ids=SHAPES.keys())
+def test_a_vxlan_device_of_another_shape_is_made_anew(change: dict[str, object]) -> None:
+    async def story() -> None:
+        async with Node() as node:
+            await vxlan(node)
+            plan = msgspec.structs.replace(VXLAN, **change)
+            assert (await vxlan(node, plan))[:2] == ["removed pw-vxlan, which had another shape", "made pw-vxlan"]
+            assert await vxlan(node, plan) == []
+
+    play(story)
+
+
+def test_another_mtu_is_set_in_place() -> None:
+    async def story() -> None:
+        async with Node() as node:
+            await vxlan(node)
+            assert await vxlan(node, msgspec.structs.replace(VXLAN, mtu=1400)) == ["set mtu of pw-vxlan"]
+
+    play(story)
+
+
+def test_a_device_of_our_name_and_another_kind_is_refused() -> None:
+    async def story() -> None:
+        async with Node() as node:
+            node.ip("link", "add", "pw0", "type", "veth", "peer", "name", "pw-vxlan")
+            with pytest.raises(PlumbingFailed, match="pw0 exists and is a veth, expected a bridge; it is not ours"):
+                await bridge(node)
+            with pytest.raises(PlumbingFailed, match="pw-vxlan exists and is a veth, expected a vxlan"):
+                await vxlan(node)
+            assert node.links() == {"pw0", "pw-vxlan"}
+
+    play(story)
+
+
+def test_a_port_in_use_is_named() -> None:
+    async def story() -> None:
+        async with Node() as node:
+            node.ip("link", "add", "other", "type", "vxlan", "id", "7", "dstport", "4789")
+            with pytest.raises(PlumbingFailed, match=r"VNI 7, UDP port 4789.*EEXIST"):
+                await vxlan(node)
+
+    play(story)
+
+
+def test_the_underlay() -> None:
+    async def story() -> None:
+        async with Node() as node:
+            devices = Devices(node.thread)
+            assert await node.thread.run(devices.default_addresses) == ()
+            node.ip("link", "add", "under0", "mtu", "1400", "type", "veth", "peer", "name", "under1")
+            for words in ("link set under0 up", "link set under1 up", "addr add 192.0.2.1/24 dev under0"):
+                node.ip(*words.split())
+            assert await node.thread.run(devices.default_addresses) == ()
+            node.ip("route", "add", "default", "via", "192.0.2.254")
+            (address,) = await node.thread.run(devices.default_addresses)
+            assert str(address) == "192.0.2.1"
+            assert await node.thread.run(devices.underlay_mtu, address) == 1400
+            with pytest.raises(TryAgainLater, match=r"no interface of this node has the node address 192\.0\.2\.7"):
+                await node.thread.run(devices.underlay_mtu, ipaddress.ip_address("192.0.2.7"))
+
+    play(story)
+
+
+def test_the_source_of_the_default_route_goes_before_the_first_address() -> None:
+    async def story() -> None:
+        async with Node() as node:
+            for words in (
+                "link add under0 type veth peer name under1",
+                "link set under0 up",
+                "addr add 192.0.2.1/24 dev under0",
+                "addr add 192.0.2.5/24 dev under0",
+                "route add default via 192.0.2.254 src 192.0.2.5",
+            ):
+                node.ip(*words.split())
+            assert [str(a) for a in await node.thread.run(Devices(node.thread).default_addresses)] == ["192.0.2.5"]
+
+    play(story)
