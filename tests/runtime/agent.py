@@ -12,11 +12,12 @@ _SECONDS = 10
 
 
 def attachments(lab: LabState, node: str) -> dict[str, agent_pb2.Attachment]:
-    """The node's attachments by container id; those on their way out among them."""
+    """The node's attachments by container id. Wires that were released are nobody's any more, and left out."""
     with grpc.insecure_channel(f"unix:{lab.files.ipamd_socket(node)}") as channel:
         stub = agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
         answer = stub.ListAttachments(agent_pb2.ListAttachmentsRequest(), timeout=_SECONDS)
-    return {each.container_id: each for each in answer.attachments}
+    releasing = agent_pb2.Attachment.STATE_RELEASING
+    return {each.container_id: each for each in answer.attachments if each.state != releasing}
 
 
 def in_use(lab: LabState, node: str) -> int:

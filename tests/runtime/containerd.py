@@ -44,7 +44,7 @@ disabled_plugins = ["io.containerd.internal.v1.opt"]
 
 
 class Containerd:
-    """containerd on a node. `enter` is the words before a command that runs where it does, if not simply on the node."""
+    """containerd on a node. `enter` is the words before a command that runs where it does, if that is not the node."""
 
     def __init__(self, lab: LabState, name: str, enter: Sequence[str] = ()) -> None:
         self.lab = lab

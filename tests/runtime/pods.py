@@ -64,7 +64,7 @@ class Pods:
         self._runtimes[pod.node].cri.remove(pod.sandbox)
 
     def attached(self, pod: Pod) -> bool:
-        """Whether the daemon has anything of the pod, be it on its way out."""
+        """Whether the daemon knows the pod. When it does not, `wait_freed` says that the link is gone, too."""
         return pod.sandbox in attachments(self.lab, pod.node)
 
     def wait_freed(self, node_name: str = "node1") -> None:
