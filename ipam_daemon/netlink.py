@@ -35,8 +35,17 @@ class NetlinkThread:
         self._host: Any = None
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs `function` on the thread. A call that was begun is finished even when the caller is cancelled."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: function(*args, **kwargs))
+        """Runs `function` on the thread. A call that was begun is finished even when the caller is cancelled.
+
+        Raises what the function raises; an error of the kernel that it did not name itself is a PlumbingFailed, too, so
+        that whoever tries again after one does so after any.
+        """
+
+        def act() -> T:
+            with naming(getattr(function, "__name__", "netlink")):
+                return function(*args, **kwargs)
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, act)
 
     @property
     def host(self) -> Any:

@@ -180,7 +180,7 @@ def test_one_entry_that_the_kernel_refuses_does_not_stop_the_others() -> None:
                 fdb=plan_peers([record(2)]).fdb,
                 routes={
                     ipaddress.ip_network("10.244.8.0/24"): RoutePlan(
-                        gateway=ipaddress.ip_address("127.0.0.1"), device="pw-vxlan"
+                        gateway=ipaddress.ip_address("10.244.1.2"), device="pw-vxlan"
                     ),
                     **plan_peers([record(2)]).routes,
                 },
