@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +14,10 @@ from typing import Any
 import pytest
 
 from podwire.lab import cluster, names, node, process, topology
+from podwire.lab.api.client import path
+from podwire.lab.api.kinds import PODS
 from podwire.lab.state import LabState
+from podwire.lab.status import node_status
 from podwire.lab.talk import ask
 from tests.netns.lab_fixtures import Pods, pod
 
@@ -80,6 +85,29 @@ def test_containers_of_a_pod_share_localhost_and_nothing_else_does(lab: LabState
             pods.ask("one", "127.0.0.1", 81)
         statuses = pods.object("two")["status"]["containerStatuses"]
         assert [(one["name"], one["ready"]) for one in statuses] == [("web", True), ("side", True)]
+
+
+KEEP_ALIVE = """
+import http.client, json, sys
+connection = http.client.HTTPConnection(sys.argv[1])
+ports = set()
+for body in (b"", b"x" * 100_000, b"y"):
+    connection.request("POST", "/any/path?q=1", body)
+    ports.add(json.loads(connection.getresponse().read())["client_port"])
+print(len(ports))
+"""
+
+
+def test_the_echo_server_takes_any_request_and_keeps_the_connection(lab: LabState) -> None:
+    with Pods(lab, [pod("server", nodeName="node1"), pod("client", nodeName="node2")]) as pods:
+        enter, _ = cluster.exec_command(lab, "default", "client")
+        assert topology.run([*enter, sys.executable, "-IS", "-c", KEEP_ALIVE, pods.address("server")]) == "1\n"
+        # A node has several addresses: a datagram is answered from the one that it was sent to.
+        with Pods(lab, [pod("on-host", nodeName="node1", hostNetwork=True)]):
+            block = next(iter(node_status(lab, lab.node("node1"))["blocks"]))
+            gateway = str(ipaddress.ip_network(block)[1])
+            assert pods.ask("server", gateway, 80, "UDP").pod == "on-host"
+            assert pods.ask("client", gateway, 80, "UDP").pod == "on-host"
 
 
 def test_pods_that_name_no_node_are_spread(lab: LabState) -> None:
@@ -163,12 +191,25 @@ def test_a_pod_waits_for_its_nodes_daemon_and_says_so(lab: LabState) -> None:
 
 
 def test_a_pod_of_the_same_name_comes_after_the_one_before(lab: LabState) -> None:
+    daemon = process.recorded(lab.files, node.daemon_role("node1"))
+    assert daemon is not None
     with Pods(lab, [pod("again", nodeName="node1")]) as pods:
-        first = pods.object("again")["metadata"]["uid"]
-        cluster.delete(lab, [pod("again")])
-        pods.until("the first to go", lambda: not [p for p in cluster.pods(lab) if p["metadata"]["uid"] == first])
-        cluster.wait_ready(lab, cluster.apply(lab, [pod("again", nodeName="node3")]))
-        assert pods.ask("again", "127.0.0.1").node == "node3"
+        first = pods.address("again")
+        daemon.kill(signal.SIGSTOP)  # the first one's end takes a while
+        try:
+            # Deleted by force, a pod is gone from the API at once and from its node later.
+            where = path(PODS, "default", "again")
+            cluster.client(lab).request("DELETE", where, query={"gracePeriodSeconds": "0"})
+            cluster.apply(lab, [pod("again", nodeName="node1")])
+            # A pod that is made after it, and needs no daemon, shows that its successor was looked at.
+            on_host = pod("later", WEB_ON_HOST, nodeName="node1", hostNetwork=True)
+            with Pods(lab, [on_host]):
+                assert pods.object("again")["status"]["phase"] == "Pending"
+        finally:
+            daemon.kill(signal.SIGCONT)
+        cluster.wait_ready(lab, [("default", "again")])
+        assert pods.address("again") != first
+        assert pods.ask("again", pods.address("again")).pod == "again"
 
 
 # --- the command ------------------------------------------------------------------------------------------------
