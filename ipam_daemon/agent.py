@@ -113,6 +113,8 @@ class Agent:
             log.warning("undid %d ADDs that were not finished", undone)
 
     async def _rebuild(self) -> None:
+        """From the wires' aliases. Killed wires go first: nobody would remember that their addresses are not free."""
+        await self._thread.run(self._wires.reap, ())
         found = await self._thread.run(self._wires.found, time.time())
         for attachment in found:
             self._journal.adopt(attachment)

@@ -15,7 +15,7 @@ from ipam_daemon.errors import CniError
 from ipam_daemon.identity import boottime_ns
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
-from ipam_daemon.model import AttachmentKey, AttachmentState
+from ipam_daemon.model import Attachment, AttachmentKey, AttachmentState
 from ipam_daemon.wires import WireState
 
 log = logging.getLogger(__name__)
@@ -34,25 +34,33 @@ class Reconciler:
         """A round every `interval` seconds, until cancelled."""
         while True:
             await asyncio.sleep(interval)
-            try:
-                await self.round()
-            except CniError as error:
-                log.warning("reconciling attachments failed, trying again in %g s: %s", interval, error)
+            await self.round()
 
     async def round(self) -> None:
-        """Looks at every attachment once. One wire at a time, so that an ADD never waits for the whole round."""
+        """Looks at every attachment once. One wire at a time, so that an ADD never waits for the whole round.
+
+        What fails is counted and comes again in the next round; the other wires do not wait for it.
+        """
         moment = boottime_ns()
         missed = set()
         for attachment in self._journal.attachments():
             if attachment.state is not AttachmentState.ATTACHED or attachment.created_ns >= moment:
                 continue
-            state = await self._attachments.mend(attachment)
-            if state is WireState.MENDED:
-                self._metrics.repairs.labels("port").inc()
-                log.warning("put a port back into the bridge", extra={"fields": {"link": attachment.host_ifname}})
-            elif state is WireState.GONE and attachment.key in self._missed:
-                await self._attachments.forget(attachment, moment)
-                self._metrics.repairs.labels("vanished-wire").inc()
-            elif state is WireState.GONE:
-                missed.add(attachment.key)
+            try:
+                if await self._look(attachment, moment):
+                    missed.add(attachment.key)
+            except CniError as error:
+                self._metrics.repairs.labels("failed").inc()
+                log.warning("reconciling failed: %s", error, extra={"fields": {"link": attachment.host_ifname}})
         self._missed = frozenset(missed)
+
+    async def _look(self, attachment: Attachment, moment: int) -> bool:
+        """Mends or frees one attachment. True when its wire was missed for the first time."""
+        state = await self._attachments.mend(attachment)
+        if state is WireState.MENDED:
+            self._metrics.repairs.labels("port").inc()
+            log.warning("put a port back into the bridge", extra={"fields": {"link": attachment.host_ifname}})
+        elif state is WireState.GONE and attachment.key in self._missed:
+            await self._attachments.forget(attachment, moment)
+            self._metrics.repairs.labels("vanished-wire").inc()
+        return state is WireState.GONE and attachment.key not in self._missed

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from ipam_daemon.agent import Agent
 from ipam_daemon.errors import (
     Exhausted,
     InterfaceExists,
 )
-from ipam_daemon.model import PodRef
+from ipam_daemon.model import PodRef, Pool
 from ipam_daemon.plan import gateways, plan_attachment
+from ipam_daemon.registry import EtcdRegistry
+from ipam_daemon.settings import Settings
+from podwire.etcd.options import EtcdOptions
+from podwire.etcd.session import EtcdSession
 from tests.netns.node_fixtures import (
     IDLE_28,
     Engine,
@@ -123,20 +129,38 @@ def test_a_lost_journal_is_rebuilt_from_the_wires(tmp_path: Path) -> None:
                 (tmp_path / "journal.db").write_bytes(b"not a database" * 1000)
                 again = Engine(it.node, tmp_path, it.cidr)
                 assert again.journal.set_aside is not None
-                for attachment in await it.node.thread.run(again.wires.found, again.now):
-                    again.journal.adopt(attachment)
+                await agent_of(again).restore()
+                assert len(again.node.links()) == 2, "what was killed is gone before its address is given again"
                 await again.start()
                 after = again.journal.get(key("a"))
                 assert before is not None
                 assert after is not None
-                assert after == msgspec.structs.replace(before, netns="", pod=PodRef(), created=again.now)
-                assert (await again.add("c", c.path))["ips"][0]["address"] != "10.244.1.3/28"
+                assert after == msgspec.structs.replace(before, netns="", pod=PodRef(), created=after.created)
+                added = (await again.add("c", c.path))["ips"][0]["address"]
+                assert added != "10.244.1.3/28"
                 await again.delete("a")
                 await again.reap()
                 assert len(again.node.links()) == 2
                 again.journal.close()
 
     play(story)
+
+
+def agent_of(it: Engine) -> Agent:
+    """The daemon's agent over an engine, for what it does before etcd is asked anything."""
+    pool = Pool(cidr=ipaddress.ip_network("10.244.0.0/16"))
+    settings = Settings(node="node-1", etcd=EtcdOptions(endpoints=("http://127.0.0.1:1",)), pools=(pool,))
+    registry = EtcdRegistry(EtcdSession(settings.etcd))
+    return Agent(
+        settings=settings,
+        node_id="id-1",
+        registry=registry,
+        journal=it.journal,
+        attachments=it.attachments,
+        thread=it.node.thread,
+        wires=it.wires,
+        metrics=it.metrics,
+    )
 
 
 # --- reconcile ----------------------------------------------------------------------------------------------------
@@ -186,10 +210,34 @@ def test_a_port_that_somebody_took_apart_is_mended(tmp_path: Path, damage: tuple
                 assert not a.pings("10.244.1.1")
                 await it.reconciler.round()
                 await it.reconciler.round()
-                assert a.pings("10.244.1.1")
+                await eventually(lambda: a.pings("10.244.1.1"))
                 (port,) = it.node.json("link", "show", "dev", host)
                 assert port["linkinfo"]["info_slave_data"]["hairpin"] is True
                 assert it.metrics.registry.get_sample_value("podwire_repairs_total", {"what": "port"}) == 1
+
+    play(story)
+
+
+def test_a_port_that_cannot_be_mended_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
+    """A macvlan device on it keeps the port out of any bridge (EBUSY)."""
+
+    async def story() -> None:
+        async with engine(tmp_path) as it:
+            with pods(3) as (a, b, c):
+                host = (await it.add("a", a.path))["interfaces"][0]["name"]
+                await it.add("b", b.path)
+                other = (await it.add("c", c.path))["interfaces"][0]["name"]
+                it.node.ip("link", "set", host, "nomaster")
+                it.node.ip("link", "add", "foreign0", "link", host, "type", "macvlan")
+                it.node.ip("link", "set", other, "nomaster")
+                b.delete()
+                await eventually(lambda: len(it.node.links()) == 4)
+                await it.reconciler.round()
+                await it.reconciler.round()
+                await eventually(lambda: c.pings("10.244.1.1"))
+                assert it.journal.get(key("b")) is None
+                assert it.journal.get(key("a")) is not None
+                assert it.metrics.registry.get_sample_value("podwire_repairs_total", {"what": "failed"}) == 2
 
     play(story)
 
