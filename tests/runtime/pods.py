@@ -9,6 +9,7 @@ import socket
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -122,3 +123,20 @@ def host_links(lab: LabState, node_name: str) -> frozenset[str]:
     if done.returncode:
         raise PodwireError(done.stderr)
     return frozenset(line.split()[0].split("@")[0] for line in done.stdout.splitlines()) - {"eth0"}
+
+
+def crowd(pods: Pods, size: int) -> None:
+    """Runs that many pods at once on one node, looks at them, and stops them at once."""
+    with ThreadPoolExecutor(size) as kubelet:
+        running = list(kubelet.map(pods.run, ["node1"] * size))
+        sandboxes = list(kubelet.map(pods.inspect, running))
+        known = attachments(pods.lab, "node1")
+        assert len({sandbox.address for sandbox in sandboxes}) == size
+        for pod, sandbox in zip(running, sandboxes, strict=True):
+            attachment = known[pod.sandbox]
+            assert (attachment.pod_name, attachment.addresses[0].split("/")[0]) == (pod.name, sandbox.address)
+        assert pings(sandboxes[0].process_netns, sandboxes[-1].address)
+        list(kubelet.map(pods.stop, running))
+    assert not attachments(pods.lab, "node1")
+    pods.wait_freed()
+    assert not host_links(pods.lab, "node1")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
 from podwire.lab.state import LabState
@@ -11,7 +9,7 @@ from podwire.lab.talk import ask
 from podwire.v1 import agent_pb2
 from tests.runtime.agent import attachments
 from tests.runtime.containerd import Containerd
-from tests.runtime.pods import Pods, host_links, pings, seen_by
+from tests.runtime.pods import Pods, crowd, host_links, pings, seen_by
 
 
 def test_runtime_and_daemon_tell_the_same_of_a_sandbox(lab: LabState, pods: Pods) -> None:
@@ -58,27 +56,10 @@ def test_stopping_frees_address_and_link_and_may_be_repeated(lab: LabState, pods
     assert pods.inspect(pods.run()).address != address, "a freed address cools"
 
 
-def crowd(lab: LabState, pods: Pods, size: int) -> None:
-    """Runs that many pods at once on one node, looks at them, and stops them at once."""
-    with ThreadPoolExecutor(size) as kubelet:
-        running = list(kubelet.map(pods.run, ["node1"] * size))
-        sandboxes = list(kubelet.map(pods.inspect, running))
-        known = attachments(lab, "node1")
-        assert len({sandbox.address for sandbox in sandboxes}) == size
-        for pod, sandbox in zip(running, sandboxes, strict=True):
-            attachment = known[pod.sandbox]
-            assert (attachment.pod_name, attachment.addresses[0].split("/")[0]) == (pod.name, sandbox.address)
-        assert pings(sandboxes[0].process_netns, sandboxes[-1].address)
-        list(kubelet.map(pods.stop, running))
-    assert not attachments(lab, "node1")
-    pods.wait_freed()
-    assert not host_links(lab, "node1")
-
-
-def test_twenty_pods_at_once(lab: LabState, pods: Pods) -> None:
-    crowd(lab, pods, 20)
+def test_twenty_pods_at_once(pods: Pods) -> None:
+    crowd(pods, 20)
 
 
 @pytest.mark.slow
-def test_fifty_pods_at_once(lab: LabState, pods: Pods) -> None:
-    crowd(lab, pods, 50)
+def test_fifty_pods_at_once(pods: Pods) -> None:
+    crowd(pods, 50)
