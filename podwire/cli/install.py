@@ -41,10 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the network's name in the configuration (%(default)s)",
     )
     parser.add_argument(
+        "--runtime",
+        choices=("relocatable", "system"),
+        help="what the executable runs on: a Python of its own, beside the plugins, or the node's (relocatable, "
+        "with --python system)",
+    )
+    parser.add_argument(
         "--python",
         type=Path,
         metavar="PATH",
-        help="the interpreter of the executable, 3.9 or newer (the one that runs this)",
+        help="the interpreter to use or to copy, 3.9 or newer (the one that runs this)",
+    )
+    add_host_dir(parser)
+
+
+def add_host_dir(parser: argparse.ArgumentParser) -> None:
+    """The flag for a node whose folders are mounted elsewhere."""
+    parser.add_argument(
+        "--host-cni-bin-dir",
+        type=Path,
+        metavar="DIR",
+        help="--cni-bin-dir as the node sees it, when this runs in a container (the same)",
     )
 
 
@@ -57,7 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
         queue_dir=arguments.queue_dir,
         network=arguments.network,
         python=arguments.python,
+        runtime=arguments.runtime or ("system" if arguments.python else "relocatable"),
+        host_cni_bin_dir=arguments.host_cni_bin_dir,
     )
+    interpreter = executable.read_text().splitlines()[0].removeprefix("#!").split()[0]
+    print(f"interpreter    {interpreter}")
     print(f"executable     {executable}")
     print(f"configuration  {arguments.cni_conf_dir / installation.CONFLIST}")
     return 0

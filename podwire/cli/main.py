@@ -17,6 +17,7 @@ from podwire.errors import PodwireError
 COMMANDS = {
     "lab": "a cluster of network namespaces on this machine",
     "install": "lay the CNI executable and its configuration down on this node",
+    "uninstall": "take them off this node again",
     "status": "what the daemon of this node says about itself",
 }
 
