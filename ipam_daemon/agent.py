@@ -20,6 +20,8 @@ import time
 from collections.abc import Mapping
 from contextlib import aclosing, suppress
 
+import msgspec
+
 import podwire
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.devices import Devices
@@ -83,6 +85,8 @@ class Agent:
         """Why an ADD cannot succeed now; empty when it can."""
         if not self._attachments.allocator.blocks:
             return [f"this node has no block of addresses yet: {self._attachments.waiting_for}"]
+        if self._attachments.fenced:
+            return [f"{self._attachments.fenced} pods sit in a block that went to another node, and are cut off"]
         if not self._attachments.mtu:
             return [f"the node's data path is not set up yet: {self._attachments.waiting_for}"]
         uses = self._attachments.allocator.use(time.time())
@@ -167,15 +171,38 @@ class Agent:
         if not self._entered.is_set():
             self._generation = (await self._registry.enter(settings.node, self._node_id)).generation
             self._entered.set()
-        blocks = list(await self._registry.load_blocks(settings.node))
+        blocks = await self._own_blocks()
         for pool in self._config.pools:
             if not any(block.pool == pool.name for block in blocks):
                 blocks.append(await self._registry.claim_block(pool, settings.node, self._node_id, self._generation))
         self._journal.set_blocks(blocks)
         self._attachments.use_blocks(blocks)
+        if await self._attachments.fence():
+            log.error("pods sit in a block that went to another node; they are cut off, and no pod is added")
         await self._registry.publish(self._record(tuple(blocks)))
         log.info("joined", extra={"fields": {"node": settings.node, "blocks": [str(b.cidr) for b in blocks]}})
         self._changed.set()
+
+    async def _own_blocks(self) -> list[Block]:
+        """What etcd says, and what the journal says and etcd has lost. A block that went to another node is gone."""
+        blocks = list(await self._registry.load_blocks(self._settings.node))
+        known = {block.cidr for block in blocks}
+        for former in self._journal.blocks():
+            if former.cidr in known:
+                continue
+            block = msgspec.structs.replace(former, node_id=self._node_id, generation=self._generation)
+            holder = await self._registry.reclaim_block(block)
+            if holder is None:
+                blocks.append(block)
+                log.error(
+                    "etcd had lost a block of this node; it is claimed again",
+                    extra={"fields": {"block": str(block.cidr)}},
+                )
+            else:
+                log.error(
+                    "a block of this node went to another", extra={"fields": {"block": str(block.cidr), "node": holder}}
+                )
+        return blocks
 
     async def _find_addresses(self) -> None:
         if not self._addresses:

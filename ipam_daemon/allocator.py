@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import ipaddress
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
-from ipam_daemon.errors import Exhausted
+from ipam_daemon.errors import AddressUnavailable, CniError, Exhausted
 from ipam_daemon.model import Address, Block, Interface, Network
 
 COOLDOWN = 30.0
@@ -103,6 +103,20 @@ class BlockAllocator:
         self._used.add(address)
         return address
 
+    def take(self, address: Address, now: float) -> str:
+        """Makes one certain address of the block used. Returns why it cannot be had; empty when it is ours now."""
+        self._thaw(now)
+        if address in self._layout.reserved:
+            return "is reserved (the network, its gateway, its VTEP or its broadcast address)"
+        if address in self._used:
+            return "is in use"
+        if address in self._releasing:
+            return "is still being released"
+        if self._cooling.pop(address, None) is None:
+            self._free.remove(address)
+        self._used.add(address)
+        return ""
+
     def oldest_cooling(self) -> float | None:
         """When the address that cools for longest will be cool; None when none is cooling."""
         return next(iter(self._cooling.values()), None)
@@ -164,20 +178,27 @@ class Allocator:
         """Takes addresses of `block`, too. A block that is known already stays as it is."""
         return self._blocks.setdefault(block.cidr, BlockAllocator(block))
 
-    def allocate(self, now: float) -> tuple[Interface, ...]:
-        """One address of each family that the node has blocks of, with the block's prefix length.
+    def keep_blocks(self, cidrs: Collection[Network]) -> None:
+        """Forgets every block but these, with all that it knew of their addresses."""
+        self._blocks = {cidr: each for cidr, each in self._blocks.items() if cidr in cidrs}
 
-        Raises Exhausted when a family has none; what was taken of another family is given back.
+    def allocate(self, now: float, wanted: Iterable[Address] = ()) -> tuple[Interface, ...]:
+        """One address of each family that the node has blocks of, with the block's prefix length; those of `wanted` for
+        their families, any for the others.
+
+        Raises AddressUnavailable for a wanted one that cannot be had, Exhausted when a family has none; whatever was
+        taken of another family is given back.
         """
-        families = sorted({cidr.version for cidr in self._blocks})
+        by_family = {address.version: address for address in wanted}
+        families = sorted({cidr.version for cidr in self._blocks} | by_family.keys())
         got: list[Interface] = []
-        for family in families:
-            interface = self._allocate_of(family, now)
-            if interface is None:
-                for each in got:
-                    self.give_back((each,))
-                raise Exhausted(self._exhaustion(family, now))
-            got.append(interface)
+        try:
+            for family in families:
+                address = by_family.get(family)
+                got.append(self._allocate_of(family, now) if address is None else self._take(address, now))
+        except CniError:
+            self.give_back(got)
+            raise
         return tuple(got)
 
     def give_back(self, interfaces: Iterable[Interface]) -> None:
@@ -199,7 +220,18 @@ class Allocator:
         """How each block is used."""
         return tuple(each.use(now) for each in self._blocks.values())
 
-    def _allocate_of(self, family: int, now: float) -> Interface | None:
+    def _take(self, address: Address, now: float) -> Interface:
+        cidr = next((cidr for cidr in self._blocks if address in cidr), None)
+        if cidr is None:
+            raise AddressUnavailable(
+                f"{address} was asked for and is not of this node's {', '.join(map(str, self._blocks))}"
+            )
+        why = self._blocks[cidr].take(address, now)
+        if why:
+            raise AddressUnavailable(f"{address} was asked for and {why}")
+        return _with_prefix(address, cidr)
+
+    def _allocate_of(self, family: int, now: float) -> Interface:
         """A free address of any block of the family; without one, of all cooling addresses the oldest."""
         blocks = [each for cidr, each in self._blocks.items() if cidr.version == family]
         for each in blocks:
@@ -207,7 +239,7 @@ class Allocator:
                 return _with_prefix(address, each.block.cidr)
         cooling = [(until, each) for each in blocks if (until := each.oldest_cooling()) is not None]
         if not cooling:
-            return None
+            raise Exhausted(self._exhaustion(family, now))
         _, oldest = min(cooling, key=lambda pair: pair[0])
         return _with_prefix(oldest.take_cooling(), oldest.block.cidr)
 

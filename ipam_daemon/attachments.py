@@ -23,6 +23,8 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 
+import msgspec
+
 from ipam_daemon import cni
 from ipam_daemon.allocator import Allocator
 from ipam_daemon.cni import Call
@@ -68,6 +70,8 @@ class Attachments:
         self._to_reap = asyncio.Event()
         self.mtu = 0
         """The MTU of new pods in bytes; 0 while it is not known, and then no pod is added."""
+        self.fenced = 0
+        """How many attachments sit in a block that went to another node."""
         self.waiting_for = "the daemon has just started"
         """Why there is no block or no MTU yet."""
 
@@ -77,7 +81,9 @@ class Attachments:
         return self._allocator
 
     def use_blocks(self, blocks: Iterable[Block]) -> None:
-        """Takes addresses from `blocks`, too; what the journal says of a new one is restored first."""
+        """Takes addresses from `blocks`, and no others; what the journal says of a new one is restored first."""
+        blocks = tuple(blocks)
+        self._allocator.keep_blocks({block.cidr for block in blocks})
         known = {block.cidr for block in self._allocator.blocks}
         added = [block for block in blocks if block.cidr not in known]
         used = [each.ip for attachment in self._journal.attachments() for each in attachment.addresses]
@@ -139,23 +145,37 @@ class Attachments:
             attachment = self._journal.get(call.key)
             if attachment is None:
                 raise CheckFailed(f"{call.key} is not attached")
-            if self._known(attachment.addresses) != list(attachment.addresses):
+            if self._is_stranded(attachment):
                 raise TryAgainLater(f"{call.key}: its block is not known yet: {self.waiting_for}")
-            differences = await self._thread.run(self._wires.differences, attachment, call.netns, self._gateways)
+            expected = msgspec.structs.replace(attachment, mac=_previous_mac(call) or attachment.mac)
+            differences = await self._thread.run(self._wires.differences, expected, call.netns, self._gateways)
         differences += _previous_differences(call, attachment)
         if differences:
             raise CheckFailed(f"{call.key}: {'; '.join(differences)}")
 
     async def collect_garbage(self, call: Call) -> None:
-        """Removes the attachments of this network that the runtime does not list. An absent list says nothing."""
+        """Removes the attachments of this network that the runtime does not list.
+
+        An absent list is not an empty one, and says nothing: the Go library leaves it out when it was given none.
+        Attachments of other networks are not this one's. What fails does not stop the rest; the first error is raised.
+        """
         valid = call.config.valid_attachments
         if valid is None:
-            raise InvalidConfig("cni.dev/valid-attachments is absent, expected the list of attachments to keep")
+            valid = call.config.attachments
+        if valid is None:
+            log.warning("GC without a list of attachments to keep: nothing is removed")
+            return
         keep = {AttachmentKey(call.config.name, each.container_id, each.ifname) for each in valid}
+        failures: list[CniError] = []
         for attachment in self._journal.attachments():
             key = attachment.key
             if key.network == call.config.name and key not in keep and attachment.created_ns < call.issued_ns:
-                await self.forget(attachment, call.issued_ns)
+                try:
+                    await self.forget(attachment, call.issued_ns)
+                except CniError as error:
+                    failures.append(error)
+        if failures:
+            raise failures[0]
 
     async def forget(self, attachment: Attachment, moment_ns: int) -> None:
         """Removes an attachment that nobody asks for any more, unless it has changed since it was looked at."""
@@ -171,9 +191,34 @@ class Attachments:
         Under the lock: a DEL that comes in between would have its dead wire revived.
         """
         async with self._lock_of(attachment.key):
-            if self._journal.get(attachment.key) != attachment:
+            if self._journal.get(attachment.key) != attachment or self._is_stranded(attachment):
                 return None
             return await self._thread.run(self._wires.mend, attachment)
+
+    # --- blocks that went to another node
+
+    def stranded(self) -> tuple[Attachment, ...]:
+        """Attachments with an address of a block that is not this node's (any more)."""
+        return tuple(
+            each
+            for each in self._journal.attachments()
+            if each.state is AttachmentState.ATTACHED and self._is_stranded(each)
+        )
+
+    def _is_stranded(self, attachment: Attachment) -> bool:
+        return len(self._known(attachment.addresses)) < len(attachment.addresses)
+
+    async def fence(self) -> int:
+        """Cuts the wires of stranded attachments: their addresses may be in use elsewhere. Returns how many there are.
+
+        Only once etcd has said which blocks are this node's. The attachments stay until their DEL, and while there are
+        any no pod is added: the node says so in STATUS, and whoever reads it moves its pods away.
+        """
+        stranded = self.stranded()
+        for attachment in stranded:
+            await self._thread.run(self._wires.cut, attachment.host_ifname)
+        self.fenced = len(stranded)
+        return self.fenced
 
     # --- wires on the way out
 
@@ -185,8 +230,8 @@ class Attachments:
             self._to_reap.clear()
             try:
                 left = await self.reap()
-            except CniError:
-                log.exception("deleting wires failed; trying again")
+            except (CniError, sqlite3.Error) as error:
+                log.warning("deleting wires failed, trying again: %s", error)
                 left = True
             if left:
                 await asyncio.sleep(_REAP_RETRY)
@@ -226,7 +271,7 @@ class Attachments:
     def _intend(self, call: Call) -> Attachment:
         with self._metrics.phase("ADD", "allocate"):
             now = self._clock()
-            addresses = self._allocator.allocate(now)
+            addresses = self._allocator.allocate(now, call.wanted.addresses)
         attachment = plan_attachment(call, addresses, self.mtu, now)
         try:
             with self._metrics.phase("ADD", "journal"):
@@ -250,6 +295,8 @@ class Attachments:
         with self._metrics.phase("DEL", "journal"):
             self._journal.release(attachment)
         self._allocator.release(self._known(attachment.addresses))
+        if self.fenced:
+            self.fenced = len(self.stranded())
         self._to_reap.set()
 
     def _known(self, addresses: Iterable[Interface]) -> list[Interface]:
@@ -259,6 +306,8 @@ class Attachments:
     def _refuse_if_unready(self, call: Call) -> None:
         if not self._allocator.blocks or not self.mtu:
             raise TryAgainLater(f"{call.key}: this node cannot add pods yet: {self.waiting_for}")
+        if self.fenced:
+            raise TryAgainLater(f"{call.key}: {self.fenced} pods of this node sit in a block that went to another node")
 
     def _is_deleted(self, call: Call) -> bool:
         return self._tombstones.get(call.key, 0) > call.issued_ns
@@ -298,6 +347,12 @@ def _previous_differences(call: Call, attachment: Attachment) -> list[str]:
     if attachment.key.ifname not in names:
         found.append(f"prevResult has no interface {attachment.key.ifname}")
     return found
+
+
+def _previous_mac(call: Call) -> str:
+    """The MAC that the previous result gives the interface: a plugin after us may have changed it, and said so."""
+    interfaces = call.config.previous.interfaces if call.config.previous else ()
+    return next((each.mac.lower() for each in interfaces if each.name == call.ifname and each.sandbox), "")
 
 
 def _fields(attachment: Attachment) -> dict[str, str]:

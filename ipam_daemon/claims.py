@@ -77,7 +77,7 @@ def block_count(pool: Pool) -> int:
 
 def exhausted(pool: Pool, taken: Collection[Network]) -> PoolExhausted:
     """The error for a pool in which nothing is free."""
-    inside = sum(_overlap(pool.cidr, network) for network in taken)
+    inside = sum(overlap(pool.cidr, network) for network in taken)
     count = block_count(pool)
     return PoolExhausted(
         f"pool {pool.name} ({pool.cidr}) has no free block: all {count} of size /{pool.block_size} are covered by "
@@ -91,7 +91,7 @@ def _taken_spans(pool: Pool, taken: Iterable[Network]) -> list[tuple[int, int]]:
     base, count = int(pool.cidr.network_address), block_count(pool)
     spans = []
     for network in taken:
-        if _overlap(pool.cidr, network):
+        if overlap(pool.cidr, network):
             first = (int(network.network_address) - base) >> shift
             last = (int(network.broadcast_address) - base) >> shift
             spans.append((max(first, 0), min(last + 1, count)))
@@ -108,7 +108,7 @@ def _gaps(spans: Iterable[tuple[int, int]], count: int) -> Iterator[tuple[int, i
         yield free_from, count
 
 
-def _overlap(one: Network, other: Network) -> bool:
+def overlap(one: Network, other: Network) -> bool:
     return one.version == other.version and one.overlaps(other)
 
 

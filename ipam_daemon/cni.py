@@ -10,6 +10,7 @@ came with 1.1.0. Unknown keys of a configuration belong to someone else and are 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,7 @@ from ipam_daemon.model import Address, Attachment, AttachmentKey, Network, PodRe
 VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
 DEFAULT_ROUTE = {4: "0.0.0.0/0", 6: "::/0"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\Z")
+_MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _IFNAME_FORBIDDEN = re.compile(r"[/:%\0\s]")  # the kernel completes a name with % to another one
 COMMANDS = {  # the version that brought each command (CNI 1.1.0, section 2)
     "ADD": "0.3.1",
@@ -80,8 +82,24 @@ class ValidAttachment(msgspec.Struct, frozen=True, kw_only=True, rename={"contai
     ifname: str
 
 
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What `runtimeConfig` (capabilities `ips`, `mac`) or `args.cni` asks for (the specification's CONVENTIONS.md)."""
+
+    ips: tuple[str, ...] = ()
+    mac: str = ""
+
+
+class Args(msgspec.Struct, frozen=True, kw_only=True):
+    """The `args` of a configuration, as far as they follow the conventions."""
+
+    cni: Request = Request()
+
+
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The keys of a network configuration that Podwire reads (section 1)."""
+    """The keys of a network configuration that Podwire reads (section 1).
+
+    `attachments` is what the Go library up to 1.2 calls `valid_attachments`.
+    """
 
     name: str
     cni_version: str = msgspec.field(name="cniVersion", default="0.2.0")
@@ -90,6 +108,16 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     valid_attachments: tuple[ValidAttachment, ...] | None = msgspec.field(
         name="cni.dev/valid-attachments", default=None
     )
+    attachments: tuple[ValidAttachment, ...] | None = msgspec.field(name="cni.dev/attachments", default=None)
+    runtime: Request = msgspec.field(name="runtimeConfig", default=Request())
+    args: Args = Args()
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What an ADD asks for by name: addresses, at most one of a family, and a MAC; empty for whatever is free."""
+
+    addresses: tuple[Address, ...] = ()
+    mac: str = ""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +128,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     container_id: str
     ifname: str
     netns: str
-    pod: PodRef
+    pod: PodRef = PodRef()
+    wanted: Wanted = Wanted()
     issued_ns: int
 
     @property
@@ -123,15 +152,15 @@ def parse(*, command: str, container_id: str, netns: str, ifname: str, args: str
         raise IncompatibleVersion(
             f"{command} needs cniVersion {COMMANDS[command]} or later, the configuration says {config.cni_version!r}"
         )
-    return Call(
-        command=command,
-        config=config,
-        container_id=container_id,
-        ifname=ifname,
-        netns=netns,
-        pod=_parse_args(args) if command == "ADD" else PodRef(),  # what ADD refuses must not stop the DEL that follows
-        issued_ns=issued_ns,
+    call = Call(
+        command=command, config=config, container_id=container_id, ifname=ifname, netns=netns, issued_ns=issued_ns
     )
+    if command != "ADD":  # what ADD refuses must not stop the DEL that follows
+        return call
+    if config.previous is not None:
+        raise UnsupportedField("prevResult is given, expected none: Podwire makes the interface, so it comes first")
+    pairs = _parse_args(args)
+    return msgspec.structs.replace(call, pod=_pod(pairs), wanted=_wanted(config, pairs))
 
 
 def version_of(stdin: bytes) -> str:
@@ -173,7 +202,7 @@ def _parse_config(stdin: bytes) -> NetworkConfig:
     return config
 
 
-def _parse_args(args: str) -> PodRef:
+def _parse_args(args: str) -> dict[str, str]:
     """CNI_ARGS: `K=V;K=V`. Keys that Podwire does not know are an error unless IgnoreUnknown says otherwise."""
     pairs: dict[str, str] = {}
     for item in filter(None, args.split(";")):
@@ -187,14 +216,51 @@ def _parse_args(args: str) -> PodRef:
         raise InvalidEnvironment(
             f"CNI_ARGS has unknown keys {', '.join(unknown)}; set IgnoreUnknown=1 to pass them over"
         )
-    requested = sorted(pairs.keys() & {"IP", "MAC"})
-    if requested:
-        raise UnsupportedField(f"CNI_ARGS asks for {requested[0]}={pairs[requested[0]]}: requests are not honoured yet")
+    return pairs
+
+
+def _pod(pairs: Mapping[str, str]) -> PodRef:
     return PodRef(
         namespace=pairs.get("K8S_POD_NAMESPACE", ""),
         name=pairs.get("K8S_POD_NAME", ""),
         uid=pairs.get("K8S_POD_UID", ""),
     )
+
+
+def _wanted(config: NetworkConfig, pairs: Mapping[str, str]) -> Wanted:
+    """What is asked for: `runtimeConfig` goes before `args.cni`, and that before CNI_ARGS, for each of the two."""
+    by_name = tuple(filter(None, pairs.get("IP", "").split(",")))
+    ips = (
+        ("runtimeConfig.ips", config.runtime.ips),
+        ("args.cni.ips", config.args.cni.ips),
+        ("IP of CNI_ARGS", by_name),
+    )
+    macs = (
+        ("runtimeConfig.mac", config.runtime.mac),
+        ("args.cni.mac", config.args.cni.mac),
+        ("MAC of CNI_ARGS", pairs.get("MAC", "")),
+    )
+    where, chosen = next(((where, values) for where, values in ips if values), ("", ()))
+    source, mac = next(((where, value) for where, value in macs if value), ("", ""))
+    addresses = tuple(_wanted_address(where, text) for text in chosen)
+    if len({address.version for address in addresses}) < len(addresses):
+        raise InvalidConfig(f"{where} asks for {', '.join(chosen)}, expected at most one address of a family")
+    return Wanted(addresses=addresses, mac=_wanted_mac(source, mac) if mac else "")
+
+
+def _wanted_address(where: str, text: str) -> Address:
+    """An address, with or without a prefix length: that of the block counts."""
+    try:
+        return ipaddress.ip_interface(text).ip
+    except ValueError as error:
+        raise InvalidConfig(f"{where} asks for {text!r}, expected an address such as 10.244.1.7") from error
+
+
+def _wanted_mac(where: str, text: str) -> str:
+    """A unicast MAC, in lower case with colons."""
+    if not _MAC.fullmatch(text) or int(text[:2], 16) & 1 or not int(text.replace(":", ""), 16):
+        raise InvalidConfig(f"{where} asks for {text!r}, expected a unicast MAC such as 0a:58:0a:f4:01:07")
+    return text.lower()
 
 
 def _order(version: str) -> tuple[int, ...]:

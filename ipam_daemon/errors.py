@@ -38,7 +38,7 @@ class InvalidEnvironment(CniError):
 
 
 class UndecodableConfig(CniError):
-    """Standard input is not a JSON object."""
+    """Standard input is not JSON."""
 
     code = 6
 
@@ -65,6 +65,12 @@ class Unavailable(CniError):
     """STATUS: an ADD cannot succeed now."""
 
     code = 50
+
+
+class Impaired(CniError):
+    """STATUS: an ADD cannot succeed now, and pods that run are cut off, too."""
+
+    code = 51
 
 
 class Exhausted(CniError):
@@ -95,6 +101,12 @@ class PlumbingFailed(CniError):
     """The kernel refused a link, an address or a route."""
 
     code = 5
+
+
+class AddressUnavailable(CniError):
+    """An address that was asked for by name cannot be had here. The message says why."""
+
+    code = 104
 
 
 def code_of(error: BaseException) -> int:

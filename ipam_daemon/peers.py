@@ -93,6 +93,8 @@ class Peers:
             host.fdb("replace", ifindex=index, lladdr=mac, dst=str(underlay), state=_PERMANENT, flags=_SELF)
 
         def set_route(cidr: Network, route: RoutePlan) -> None:
+            if route.gateway not in self._neighbours.actual:
+                raise PlumbingFailed(f"route {cidr}: its gateway {route.gateway} has no neighbour entry yet")
             host.route(
                 "replace", dst=str(cidr), gateway=str(route.gateway), oif=index, flags=_ONLINK, proto=ROUTE_PROTOCOL
             )

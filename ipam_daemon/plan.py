@@ -193,7 +193,7 @@ def plan_attachment(call: Call, addresses: tuple[Interface, ...], mtu: int, now:
         key=call.key,
         netns=call.netns,
         host_ifname=f"pw{digest[:12]}",
-        mac=mac_of(addresses[0].ip),
+        mac=call.wanted.mac or mac_of(addresses[0].ip),
         mtu=mtu,
         addresses=addresses,
         pod=call.pod,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.errors import CniError
@@ -49,7 +50,7 @@ class Reconciler:
             try:
                 if await self._look(attachment, moment):
                     missed.add(attachment.key)
-            except CniError as error:
+            except (CniError, sqlite3.Error) as error:
                 self._metrics.repairs.labels("failed").inc()
                 log.warning("reconciling failed: %s", error, extra={"fields": {"link": attachment.host_ifname}})
         self._missed = frozenset(missed)

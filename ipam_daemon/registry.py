@@ -37,6 +37,7 @@ from ipam_daemon.claims import (
     may_publish,
     name_taken,
     next_generation,
+    overlap,
     parse_network,
 )
 from ipam_daemon.live_name import LiveName
@@ -86,6 +87,10 @@ class Registry(Protocol):
 
     async def claim_block(self, pool: Pool, node: str, node_id: str, generation: int) -> Block:
         """One more block of `pool` for `node`. Raises PoolExhausted."""
+
+    async def reclaim_block(self, block: Block) -> str | None:
+        """Claims a block that its owner remembers and the store has lost. Returns the name of the node that has it, or
+        part of it, instead; None when it is claimed, or was never lost."""
 
     async def release_block(self, block: Block) -> bool:
         """Deletes `block` if its owner and generation are still these; returns whether it did."""
@@ -179,6 +184,15 @@ class EtcdRegistry:
                     return block
             if known == taken:  # a second look has found nothing new
                 raise exhausted(pool, taken)
+
+    async def reclaim_block(self, block: Block) -> str | None:
+        while True:
+            for item in (await self._session.get_prefix(f"{self._root}blocks/")).items:
+                holder = _readable(item, Block)
+                if holder is not None and overlap(holder.cidr, block.cidr):
+                    return None if (holder.node_id, holder.cidr) == (block.node_id, block.cidr) else holder.node
+            if await self._claim(block):
+                return None
 
     async def release_block(self, block: Block) -> bool:
         key = self._block_key(block.cidr)

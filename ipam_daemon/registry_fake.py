@@ -21,6 +21,7 @@ from ipam_daemon.claims import (
     may_publish,
     name_taken,
     next_generation,
+    overlap,
 )
 from ipam_daemon.model import Block, ClusterConfig, Network, NodeRecord, Pool
 from podwire.etcd import EtcdUnavailable
@@ -118,6 +119,14 @@ class FakeRegistry:
         block = Block(cidr=cidr, pool=pool.name, node=node, node_id=node_id, generation=generation)
         self.store.blocks[cidr] = block
         return block
+
+    async def reclaim_block(self, block: Block) -> str | None:
+        self.store.check()
+        for holder in self.store.blocks.values():
+            if overlap(holder.cidr, block.cidr):
+                return None if (holder.node_id, holder.cidr) == (block.node_id, block.cidr) else holder.node
+        self.store.blocks[block.cidr] = block
+        return None
 
     async def release_block(self, block: Block) -> bool:
         self.store.check()

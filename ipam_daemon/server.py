@@ -19,7 +19,7 @@ import grpc
 
 from ipam_daemon import cni
 from ipam_daemon.attachments import Attachments
-from ipam_daemon.errors import CniError, TryAgainLater, Unavailable, code_of
+from ipam_daemon.errors import CniError, Impaired, TryAgainLater, Unavailable, code_of
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Attachment, AttachmentState
@@ -82,7 +82,7 @@ class CniService(cni_pb2_grpc.CNIServicer):
         elif call.command == "GC":
             await self._attachments.collect_garbage(call)
         elif reasons := self._not_ready():
-            raise Unavailable("; ".join(reasons))
+            raise (Impaired if self._attachments.fenced else Unavailable)("; ".join(reasons))
         return b""
 
 

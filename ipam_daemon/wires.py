@@ -1,9 +1,9 @@
 """A pod's wire: one veth pair, its end in the pod named and addressed, its end on the node a port of the bridge.
 
 ADD is one message that makes both ends in their namespaces, enslaves and raises the host's (0.9 ms), then four requests
-on a socket inside the pod's namespace (address, up, default route: 1.5 ms with opening it) and one for the port
-(hairpin, and an alias that says whose it is). There is no wait for duplicate address detection: the allocator gives an
-address once, and an IPv6 address is added with IFA_F_NODAD.
+on a socket inside the pod's namespace (address, up, default route: 1.5 ms with opening it), one for the port (hairpin,
+and an alias that says whose it is) and one that asks whether the port sends (0.3 ms each). There is no wait for
+duplicate address detection: the allocator gives an address once, and an IPv6 address is added with IFA_F_NODAD.
 
 DEL kills the wire at once and deletes it later. Taking the link down and out of the bridge is 0.5 ms, and nothing
 passes it from then on; deleting a veth pair takes the kernel 20–35 ms of RCU grace periods, the same for one as for a
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
@@ -32,6 +33,7 @@ DOOMED_GROUP = 0x70770DED
 """The link group of wires that are to be deleted."""
 _NODAD = 0x02  # IFA_F_NODAD, if_addr.h
 _UP, _HAIRPIN = "up", 1
+_CARRIER_SECONDS, _CARRIER_POLL = 1.0, 0.001
 
 
 class WireState(Enum):
@@ -65,6 +67,7 @@ class Wires:
             try:
                 self._configure_container(attachment, netns, gateways)
                 self._configure_port(attachment)
+                self._await_carrier(attachment.host_ifname)
             except BaseException:
                 self.delete(attachment.host_ifname)
                 raise
@@ -103,8 +106,7 @@ class Wires:
                 )
             route.link("set", index=index, state=_UP)
             for interface in attachment.addresses:
-                default = "default" if interface.version == 4 else "::/0"
-                route.route("add", dst=default, gateway=str(gateways[interface.network]), oif=index)
+                _add_default_route(route, index, str(gateways[interface.network]), attachment.netns)
 
     def _configure_port(self, attachment: Attachment) -> None:
         alias = alias_of(attachment)
@@ -112,6 +114,23 @@ class Wires:
         with naming(f"bridge port {attachment.host_ifname}"):
             index = index_of(attachment.host_ifname)
             self._thread.host.link("set", index=index, kind="bridge_slave", mode=_HAIRPIN, **naming_it)
+
+    def _await_carrier(self, host_ifname: str) -> None:
+        """Returns when the host's end sends: until then the pod's first answers would be dropped.
+
+        A link whose other end has just come up gets its transmit queue, and a bridge port its forwarding, from the
+        kernel's link watch, a worker that a busy machine lets wait. Asking for the link settles it at once (kernel 6.9
+        and later: rtnl_getlink in net/core/rtnetlink.c), older kernels are waited for.
+        """
+        deadline = time.monotonic() + _CARRIER_SECONDS
+        while True:
+            with naming(f"looking at {host_ifname}"):
+                (link,) = self._thread.host.get_links(index_of(host_ifname))
+            if link.get("operstate") == "UP":
+                return
+            if time.monotonic() > deadline:
+                raise PlumbingFailed(f"{host_ifname} has no carrier after {_CARRIER_SECONDS:g} s")
+            time.sleep(_CARRIER_POLL)
 
     # --- DEL
 
@@ -121,6 +140,13 @@ class Wires:
         if index:
             with naming(f"taking {host_ifname} down"), tolerating(errno.ENODEV):
                 self._thread.host.link("set", index=index, state="down", master=0, group=DOOMED_GROUP)
+
+    def cut(self, host_ifname: str) -> None:
+        """Nothing passes the wire any more, which stays where it is until its DEL. A wire that is gone is fine."""
+        index = index_of(host_ifname)
+        if index:
+            with naming(f"cutting {host_ifname}"), tolerating(errno.ENODEV):
+                self._thread.host.link("set", index=index, state="down", master=0)
 
     def reap(self, host_ifnames: Iterable[str]) -> frozenset[str]:
         """Deletes all killed wires at once and returns those of `host_ifnames` that are seen gone."""
@@ -194,6 +220,17 @@ class Wires:
             self._thread.host.link("set", index=link["index"], master=index_of(self._bridge), state=_UP)
         self._configure_port(attachment)
         return WireState.MENDED
+
+
+def _add_default_route(route: Any, index: int, gateway: str, netns: str) -> None:
+    try:
+        route.route("add", dst="::/0" if ":" in gateway else "default", gateway=gateway, oif=index)
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:
+            raise
+        raise InterfaceExists(
+            f"{netns} has a default route already: Podwire makes a container's first interface, and only one"
+        ) from error
 
 
 def _container_differences(

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from ipam_daemon.devices import Devices
-from ipam_daemon.errors import PlumbingFailed
+from ipam_daemon.errors import InterfaceExists, PlumbingFailed
 from ipam_daemon.model import Attachment, AttachmentState, PodRef
 from ipam_daemon.plan import gateways, plan_attachment
 from ipam_daemon.wires import Wires, WireState
@@ -130,7 +130,7 @@ def test_two_interfaces_of_one_pod_need_two_names() -> None:
             with pods(1) as (pod,):
                 await attach(node, wires, attachment(pod))
                 assert "eth0" in pod.links()
-                with pytest.raises(PlumbingFailed, match="EEXIST"):
+                with pytest.raises(InterfaceExists, match="has a default route already"):
                     await attach(node, wires, attachment(pod, 4, "net1"))
                 assert pod.links() == {"eth0"}, "the default route is the first interface's"
 

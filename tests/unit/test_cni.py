@@ -71,8 +71,13 @@ WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
     ),
     "arguments that are no pairs": ({"args": "IgnoreUnknown"}, 4, "KEY=VALUE"),
     "an unknown argument": ({"args": "COLOUR=blue"}, 4, "unknown keys COLOUR"),
-    "an address asked for": ({"args": "IP=10.244.1.9"}, 2, "IP=10.244.1.9"),
-    "a MAC asked for, unknown ones tolerated": ({"args": "IgnoreUnknown=true;MAC=02:00:00:00:00:01"}, 2, "MAC=02"),
+    "a name asked for as an address": ({"args": "IP=web"}, 7, "IP of CNI_ARGS asks for 'web'"),
+    "two addresses of a family": ({"args": "IP=10.244.1.9,10.244.1.10"}, 7, "at most one address of a family"),
+    "a multicast MAC": ({"args": "IgnoreUnknown=true;MAC=01:00:00:00:00:01"}, 7, "MAC of CNI_ARGS asks for '01:00"),
+    "no MAC at all": ({"config": with_keys(runtimeConfig={"mac": "none"})}, 7, "runtimeConfig.mac asks for 'none'"),
+    "the zero MAC": ({"config": with_keys(args={"cni": {"mac": "00:00:00:00:00:00"}})}, 7, "args.cni.mac"),
+    "addresses that are no list": ({"config": with_keys(runtimeConfig={"ips": "10.244.1.9"})}, 7, "runtimeConfig.ips"),
+    "a previous result in an ADD": ({"config": with_keys(prevResult={})}, 2, "prevResult"),
     "nothing on standard input": ({"config": b""}, 6, "standard input"),
     "half of a configuration": ({"config": b'{"name":'}, 6, "standard input"),
     "no text at all": ({"config": b"\xff\xfe"}, 6, "standard input"),
@@ -114,8 +119,9 @@ FINE: dict[str, dict[str, Any]] = {
     "an argument with an equals sign": {"args": "K8S_POD_NAME=a=b"},
     "arguments with empty places": {"args": ";K8S_POD_NAME=web;"},
     "unknown keys of others": {"config": with_keys(runtimeConfig={"x": 1}, ipMasq=True)},
-    "a previous result, which only CHECK reads": {
-        "config": with_keys(prevResult={"ips": [{"address": "10.0.0.3/24"}]})
+    "a previous result in a DEL": {
+        "command": "DEL",
+        "config": with_keys(prevResult={"ips": [{"address": "10.0.0.3/24"}]}),
     },
     "a DEL without a namespace": {"command": "DEL", "netns": ""},
     "a DEL with arguments that an ADD would refuse": {"command": "DEL", "args": "IP=10.244.1.9;COLOUR=blue;nonsense"},
@@ -128,6 +134,42 @@ FINE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("given_", FINE.values(), ids=FINE.keys())
 def test_what_is_fine_is_taken(given_: dict[str, Any]) -> None:
     assert parse(**given_).command == given_.get("command", "ADD")
+
+
+ASKED: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
+    "CNI_ARGS": ({"args": "IP=10.244.1.9"}, "", ("10.244.1.9",)),
+    "one of each family": ({"args": "IP=10.244.1.9,fd00::9/64"}, "", ("10.244.1.9", "fd00::9")),
+    "args.cni before CNI_ARGS": (
+        {"args": "IP=10.244.1.9;MAC=02:00:00:00:00:01", "config": with_keys(args={"cni": {"ips": ["10.244.1.8/16"]}})},
+        "02:00:00:00:00:01",
+        ("10.244.1.8",),
+    ),
+    "runtimeConfig before both": (
+        {
+            "args": "IP=10.244.1.9;MAC=02:00:00:00:00:01",
+            "config": with_keys(
+                args={"cni": {"ips": ["10.244.1.8"], "mac": "02:00:00:00:00:02"}},
+                runtimeConfig={"ips": ["10.244.1.7"], "mac": "02:00:00:00:00:0A"},
+            ),
+        },
+        "02:00:00:00:00:0a",
+        ("10.244.1.7",),
+    ),
+    "nothing": ({}, "", ()),
+}
+
+
+@pytest.mark.parametrize(("given_", "mac", "addresses"), ASKED.values(), ids=ASKED.keys())
+def test_what_is_asked_for_by_name(given_: dict[str, Any], mac: str, addresses: tuple[str, ...]) -> None:
+    wanted = parse(**given_).wanted
+    assert (wanted.mac, tuple(map(str, wanted.addresses))) == (mac, addresses)
+
+
+def test_a_gc_of_an_older_library_says_what_to_keep() -> None:
+    config = {**CONFIG, "cni.dev/attachments": [{"containerID": "c1", "ifname": "eth0"}]}
+    call = parse(config, command="GC")
+    assert call.config.valid_attachments is None
+    assert [each.container_id for each in call.config.attachments or ()] == ["c1"]
 
 
 def test_a_gc_says_what_to_keep() -> None:
