@@ -13,8 +13,9 @@ import msgspec
 import pytest
 
 from ipam_daemon.errors import PlumbingFailed
-from ipam_daemon.firewall import Firewall, desired
+from ipam_daemon.firewall import Firewall
 from ipam_daemon.plan import FirewallPlan
+from ipam_daemon.ruleset import desired
 from tests.netns.node_fixtures import Engine, Netns, Node, engine, play, pods
 
 PLAN = FirewallPlan(

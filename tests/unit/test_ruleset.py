@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ipam_daemon.firewall import FirewallState, chains_hash, desired, parse_listing, render
 from ipam_daemon.plan import FirewallPlan
+from ipam_daemon.ruleset import FirewallState, chains_hash, desired, parse_listing, render
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "firewall.nft"
 EMPTY = FirewallState(chains="", elements={})

@@ -1,0 +1,156 @@
+"""Our own nft table, `inet podwire`, as text: masquerade, and who may send VXLAN. Pure; ipam_daemon/firewall.py applies.
+
+    prerouting ──▶ vxlan_guard   VXLAN of anyone but a known node is dropped, VXLAN of a pod always
+    postrouting ─▶ postrouting   saddr @local_blocks, daddr not @unmasqueraded ──▶ masquerade
+
+The rules are constant; what varies are elements of sets, and only the elements that differ are sent, so neither a
+restart nor a new node ever flushes anything. The text of the rules carries a hash: a table of another version gets its
+chains replaced in one transaction, in which the sets and their elements stay. Nobody else's table is read or touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from ipam_daemon.model import Address, Network
+from ipam_daemon.plan import BRIDGE, FirewallPlan
+
+TABLE = "inet podwire"
+_FAMILIES = {4: "ipv4_addr", 6: "ipv6_addr"}
+_SETS = {"local_blocks": "flags interval;", "unmasqueraded": "flags interval;", "vteps": ""}
+
+
+class FirewallState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel has: the shape of the chains (empty: no table) and set name → elements as text."""
+
+    chains: str
+    elements: dict[str, frozenset[str]]
+
+
+# --- plan → text ----------------------------------------------------------------------------------------------------
+
+
+def set_name(name: str, version: int) -> str:
+    """An nft set has one family: `local_blocks4`, `local_blocks6`."""
+    return f"{name}{version}"
+
+
+def desired(plan: FirewallPlan) -> FirewallState:
+    """The state that `plan` asks for; a set that the plan knows nothing of is absent."""
+    elements: dict[str, set[str]] = {}
+    for name, members in (
+        ("local_blocks", plan.local_blocks),
+        ("unmasqueraded", plan.unmasqueraded),
+        ("vteps", plan.vteps),
+    ):
+        if members is not None:
+            for version in _FAMILIES:
+                elements[set_name(name, version)] = {_text(each) for each in members if each.version == version}
+    return FirewallState(
+        chains=shape(chains_hash(plan.vxlan_port), len(_rules(plan.vxlan_port))),
+        elements={name: frozenset(found) for name, found in elements.items()},
+    )
+
+
+def render(plan: FirewallPlan, actual: FirewallState) -> str:
+    """The nft script, one transaction, that brings `actual` to `plan`. Empty when there is nothing to do."""
+    wanted = desired(plan)
+    lines: list[str] = []
+    if actual.chains != wanted.chains:
+        lines += _render_sets() + _render_chains(plan.vxlan_port, chains_hash(plan.vxlan_port))
+    for name, elements in wanted.elements.items():
+        there = actual.elements.get(name, frozenset())
+        lines += _render_elements("delete", name, there - elements) + _render_elements("add", name, elements - there)
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def chains_hash(vxlan_port: int) -> str:
+    """Identifies the rules, so that another version of them is recognised."""
+    return hashlib.sha256("\n".join(_rules(vxlan_port)).encode()).hexdigest()[:16]
+
+
+def shape(mark: str, rules: int) -> str:
+    """Tells chains apart: the hash that they were made from and, should somebody flush one, the number of rules."""
+    return f"{mark} {rules}"
+
+
+def _rules(vxlan_port: int) -> list[str]:
+    rules = []
+    dport = f"udp dport {vxlan_port} counter drop"
+    for version in _FAMILIES:
+        ip, kind = ("ip", "ipv4") if version == 4 else ("ip6", "ipv6")
+        local, exempt, vteps = (f"@{set_name(name, version)}" for name in _SETS)
+        rules += [
+            f"postrouting {ip} saddr {local} {ip} daddr != {exempt} counter masquerade fully-random",
+            f'vxlan_guard iifname "{BRIDGE}" {ip} daddr {vteps} {dport}',
+            f'vxlan_guard iifname "{BRIDGE}" fib daddr type local meta nfproto {kind} {dport}',
+            f'vxlan_guard iifname != "lo" fib daddr type local {ip} saddr != {vteps} {dport}',
+        ]
+    return rules
+
+
+def _render_sets() -> list[str]:
+    lines = [f"add table {TABLE}"]
+    for name, flags in _SETS.items():
+        lines += [
+            f"add set {TABLE} {set_name(name, version)} {{ type {kind}; {flags} }}"
+            for version, kind in _FAMILIES.items()
+        ]
+    return lines
+
+
+def _render_chains(vxlan_port: int, mark: str) -> list[str]:
+    """The hash is the comment of a chain without a hook: nft 1.0.6 keeps no comment on a table that exists."""
+    rules = _rules(vxlan_port)
+    return [
+        f"add chain {TABLE} postrouting {{ type nat hook postrouting priority srcnat; policy accept; }}",
+        f"add chain {TABLE} vxlan_guard {{ type filter hook prerouting priority raw; policy accept; }}",
+        f"flush chain {TABLE} postrouting",
+        f"flush chain {TABLE} vxlan_guard",
+        f"add chain {TABLE} shape",
+        f"flush chain {TABLE} shape",
+        f'add rule {TABLE} shape counter comment "{mark}"',
+        *(f"add rule {TABLE} {rule}" for rule in rules),
+    ]
+
+
+def _render_elements(verb: str, name: str, elements: Iterable[str]) -> list[str]:
+    listed = ", ".join(sorted(elements))
+    return [f"{verb} element {TABLE} {name} {{ {listed} }}"] if listed else []
+
+
+def _text(member: Network | Address) -> str:
+    if isinstance(member, (ipaddress.IPv4Network, ipaddress.IPv6Network)) and member.num_addresses == 1:
+        return str(member.network_address)
+    return str(member)
+
+
+# --- text → state ---------------------------------------------------------------------------------------------------
+
+
+def parse_listing(listing: dict[str, Any]) -> FirewallState:
+    """The state in the output of `nft -j list table` (libnftables-json(5))."""
+    mark, rules, elements = "", 0, {}
+    for item in listing["nftables"]:
+        if "set" in item:
+            elements[item["set"]["name"]] = frozenset(_element(each) for each in item["set"].get("elem", ()))
+        elif item.get("rule", {}).get("chain") == "shape":
+            mark = item["rule"].get("comment", "")
+        elif "rule" in item:
+            rules += 1
+    return FirewallState(chains=shape(mark, rules), elements=elements)
+
+
+def _element(element: Any) -> str:
+    if isinstance(element, dict) and "prefix" in element:
+        return f"{element['prefix']['addr']}/{element['prefix']['len']}"
+    if isinstance(element, dict) and "range" in element:
+        return "-".join(element["range"])
+    if isinstance(element, dict) and "elem" in element:
+        return _element(element["elem"]["val"])
+    return str(element)
