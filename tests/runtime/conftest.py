@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
 import pytest
@@ -41,11 +42,17 @@ def lab() -> Iterator[LabState]:
 @pytest.fixture(scope="module")
 def runtimes(lab: LabState, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Containerd]:
     """containerd on both nodes, with the image, by node. `lab down` ends them, as it ends what they run."""
-    started = {each.name: Containerd(lab, each.name) for each in lab.nodes}
-    for name, runtime in started.items():
+    folder = tmp_path_factory.mktemp("image")
+
+    def start(name: str) -> Containerd:
+        runtime = Containerd(lab, name)
         runtime.start()
-        runtime.load_image(tmp_path_factory.mktemp("image") / f"{name}.tar")
-    return started
+        runtime.load_image(folder / f"{name}.tar")
+        return runtime
+
+    names = [each.name for each in lab.nodes]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(start, names), strict=True))
 
 
 @pytest.fixture
