@@ -1,4 +1,4 @@
-"""Our own nft table, `inet podwire`, as text: masquerade, and who may send VXLAN. Pure; ipam_daemon/firewall.py applies.
+"""Our own nft table, `inet podwire`, as text: masquerade, and who may send VXLAN. ipam_daemon/firewall.py applies it.
 
     prerouting ──▶ vxlan_guard   VXLAN of anyone but a known node is dropped, VXLAN of a pod always
     postrouting ─▶ postrouting   saddr @local_blocks, daddr not @unmasqueraded ──▶ masquerade
