@@ -126,7 +126,6 @@ ERRORS: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "no JSON": ("ADD", {"netns": "/x", "stdin": b"\xff"}, 6, "standard input"),
     "a command that nobody knows": ("RUN", {}, 4, "CNI_COMMAND is 'RUN'"),
     "nothing attached": ("CHECK", {"netns": "/x"}, 103, "is not attached"),
-    "a GC without a list": ("GC", {}, 7, "valid-attachments"),
 }
 
 
