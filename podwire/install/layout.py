@@ -114,7 +114,7 @@ def conflist(network: str) -> bytes:
         "name": network,
         "cniVersion": "1.0.0",
         "cniVersions": ["1.0.0", "1.1.0"],
-        "plugins": [{"type": EXECUTABLE}],
+        "plugins": [{"type": EXECUTABLE, "capabilities": {"ips": True, "mac": True}}],
     }
     return json.dumps(configuration, indent=2).encode() + b"\n"
 
