@@ -91,7 +91,8 @@ def install(
     make = relocatable_version if runtime == "relocatable" else system_version
     try:
         version = make(layout, _PLUGIN, python)
-        script = layouts.script(version.interpreter, version.flags, version.search, socket, queue_dir, deadlines)
+        folder = layout.node_versions / version.name
+        script = layouts.script(version.interpreter, version.flags, folder, socket, queue_dir, deadlines)
         layout.bin_dir.mkdir(parents=True, exist_ok=True)
         with locked(layout.versions):
             versions.lay(layout, version)

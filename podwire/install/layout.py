@@ -2,6 +2,11 @@
 
 A node's folders may be mounted elsewhere while we install (a DaemonSet sees the node's /opt/cni as /host/opt/cni). What
 is written is written where we see it; what the files say (shebang, loader, search path) is where the node sees it.
+
+**A script is opened twice**: by the kernel, which reads the first line, and by the interpreter, which is told the path.
+An upgrade may come between the two, and the interpreter of one version then runs the script of another. So the script
+does with any interpreter: it appends the folder of its own modules, where one that has none finds them as sources,
+while one that brings modules keeps to those. Its parameters to `main` must be ones that older versions know.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ _SCRIPT = """\
 {mark}, which also overwrites it.
 import sys
 
-{search}sys.dont_write_bytecode = True
+sys.path.append({folder!r})
+sys.dont_write_bytecode = True
 try:
     from cni_plugin.main import main
 except Exception as error:
@@ -94,14 +100,14 @@ def layout(cni_bin_dir: Path, host_cni_bin_dir: Path | None = None) -> Layout:
 
 
 def script(
-    interpreter: Path, flags: str, search: Path | None, socket: Path, queue_dir: Path, deadlines: Mapping[str, float]
+    interpreter: Path, flags: str, folder: Path, socket: Path, queue_dir: Path, deadlines: Mapping[str, float]
 ) -> bytes:
-    """The executable. `search` is the folder of `cni_plugin`, unless the interpreter finds it by itself."""
+    """The executable. `folder` is where the node finds `cni_plugin`, for interpreters that have none."""
     return _SCRIPT.format(
         interpreter=interpreter,
         flags=flags,
         mark=MARK.decode(),
-        search=f"sys.path.insert(0, {str(search)!r})\n" if search else "",
+        folder=str(folder),
         socket=str(socket),
         queue=str(queue_dir),
         deadlines=dict(deadlines),

@@ -5,6 +5,7 @@
     lib/python3.11/*.pyc           the few modules of the standard library that a call or an error of it loads
     lib/python3.11/lib-dynload/    extension modules; the folder is there when there are none, or Python complains
     lib/python3.11/cni_plugin/     the executable's own modules
+    cni_plugin/*.py                their sources, for readers and for an interpreter that is not this one (layout.py)
 
 **Why DT_RPATH**, which is called obsolete: the loader searches it before LD_LIBRARY_PATH, and DT_RUNPATH after; and it
 holds for the libraries' own needs as well, so only the interpreter has to be patched. A library that brings a
@@ -30,7 +31,7 @@ from podwire.install.errors import InstallError
 from podwire.install.interpreter import base_interpreter, compile_modules, run, survey
 from podwire.install.layout import Layout, check_shebang
 from podwire.install.plan import RuntimePlan, plan_runtime, read_elf_file
-from podwire.install.versions import PYTHON, name_version, plugin_parts
+from podwire.install.versions import PYTHON, copy_plugin, name_version, plugin_parts
 
 FLAGS = "-ISXutf8"
 
@@ -42,7 +43,6 @@ class RelocatableVersion(msgspec.Struct, frozen=True, kw_only=True):
     plugin: Path
     plan: RuntimePlan
     name: str
-    search: None = None
     flags: str = FLAGS
 
     @property
@@ -101,8 +101,8 @@ def assemble(plan: RuntimePlan, plugin: Path, folder: Path, compiler: Path) -> N
     libraries.mkdir(exist_ok=True)
     todo = [(each.source, each.place, stdlib / each.place) for each in plan.sources]
     todo += [
-        (source, f"cni_plugin/{source.name}", stdlib / "cni_plugin" / f"{source.stem}.pyc")
-        for source in sorted(plugin.glob("*.py"))
+        (copy, f"cni_plugin/{copy.name}", stdlib / "cni_plugin" / f"{copy.stem}.pyc")
+        for copy in copy_plugin(plugin, folder)
     ]
     for _, _, target in todo:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,14 +6,13 @@ interpreter that the executable names, which must be there under the same path o
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import msgspec
 
 from podwire.install.interpreter import FLAGS, Interpreter, compile_modules, find_interpreter
 from podwire.install.layout import Layout
-from podwire.install.versions import name_version, plugin_parts
+from podwire.install.versions import copy_plugin, name_version, plugin_parts
 
 
 class SystemVersion(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,23 +29,13 @@ class SystemVersion(msgspec.Struct, frozen=True, kw_only=True):
         """The node's own."""
         return self.python.path
 
-    @property
-    def search(self) -> Path:
-        """The version's folder, where the node sees it."""
-        return self.layout.node_versions / self.name
-
     def build(self, folder: Path) -> None:
         """Copies and compiles."""
-        package = folder / "cni_plugin"
-        (package / "__pycache__").mkdir(parents=True)
-        todo = []
-        for source in sorted(self.plugin.glob("*.py")):
-            copy = package / source.name
-            shutil.copyfile(source, copy)
-            copy.chmod(0o644)
-            compiled = package / "__pycache__" / f"{source.stem}.{self.python.cache_tag}.pyc"
-            todo.append((copy, source.name, compiled))
-        compile_modules(self.python.path, todo)
+        copies = copy_plugin(self.plugin, folder)
+        cache = folder / "cni_plugin" / "__pycache__"
+        cache.mkdir()
+        tag = self.python.cache_tag
+        compile_modules(self.python.path, [(copy, copy.name, cache / f"{copy.stem}.{tag}.pyc") for copy in copies])
 
     def check(self) -> None:
         """The interpreter has been asked for its version already."""

@@ -40,7 +40,7 @@ _VERSION_NAME = re.compile(r".+-[0-9a-f]{12}")
 
 
 class Version(Protocol):
-    """What an executable runs on: a folder of this name, and how its first lines name what is in there."""
+    """What an executable runs on: a folder of this name with `cni_plugin` in it, and what the shebang says."""
 
     @property
     def name(self) -> str:
@@ -53,10 +53,6 @@ class Version(Protocol):
     @property
     def flags(self) -> str:
         """The shebang's one argument."""
-
-    @property
-    def search(self) -> Path | None:
-        """The folder of `cni_plugin`, unless the interpreter finds it by itself."""
 
     def build(self, folder: Path) -> None:
         """Fills a folder that does not exist yet. Raises InstallError and OSError."""
@@ -76,6 +72,18 @@ def name_version(parts: Mapping[str, bytes]) -> str:
 def plugin_parts(plugin: Path) -> dict[str, bytes]:
     """The sources of the package `plugin`, as parts of a version's name."""
     return {f"cni_plugin {source.name}": source.read_bytes() for source in plugin.glob("*.py")}
+
+
+def copy_plugin(plugin: Path, folder: Path) -> list[Path]:
+    """Copies the sources of the package `plugin` to `folder`/cni_plugin, which must not exist; returns the copies."""
+    package = folder / "cni_plugin"
+    package.mkdir(parents=True)
+    copies = []
+    for source in sorted(plugin.glob("*.py")):
+        copies.append(package / source.name)
+        shutil.copyfile(source, copies[-1])
+        copies[-1].chmod(0o644)
+    return copies
 
 
 def lay(layout: Layout, version: Version) -> None:
