@@ -22,9 +22,9 @@ from podwire.lab import manifests, names, node, process, state, topology
 from podwire.lab.api.client import Client
 from podwire.lab.api.kinds import PODS
 from podwire.lab.api.kubeconfig import kubeconfig
-from podwire.lab.container import container_environment
 from podwire.lab.etcd import EtcdServer
 from podwire.lab.names import ETCD_PORT, LabFiles
+from podwire.lab.program import container_environment
 from podwire.lab.state import LabState
 from podwire.lab.supervisor import ApiAddress
 

@@ -1,10 +1,12 @@
 """A container of the lab: a process of this machine in its pod's network namespace.
 
-What runs is decided by `plan_program` (pure): the container's `command`, when this machine has that program; else,
-since there are no images, the echo server on its ports; with no ports either, something that sleeps. The process is
-its own session and writes to a log file. What it ends with, and what its restart policy says, decides whether it is
+    plan ─▶ process ─▶ running ─▶ probes ─▶ ended ─▶ restart policy ─▶ back-off ─▶ plan …
+                                     └ liveness or startup failed: the process is ended, the pod keeps its address
+
+What runs is decided anew for every start (program.py). The process is its own session and writes to a log file; the
+log of the run before is kept beside it. What it ends with, and what its restart policy says, decides whether it is
 started again, with a back-off that doubles from RESTART_SECONDS; kubelet's own starts at 10 s, which is long for
-watching.
+watching. When its first process ends, all of its session is ended, as in a process namespace.
 """
 
 from __future__ import annotations
@@ -13,190 +15,150 @@ import asyncio
 import contextlib
 import json
 import os
-import re
-import shutil
 import signal
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from podwire.lab import echo
+from podwire.lab.probes import Health, Probe, plan_probes
+from podwire.lab.program import ConfigMissing, Program
 from podwire.lab.state import MARK
 
 RESTART_SECONDS = 1.0
 _LONGEST_RESTART_SECONDS = 30.0
-_ECHO = Path(echo.__file__)
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_CONFIG_SECONDS = 0.5  # between looks for a ConfigMap that is not there
+
+Report = Callable[[str, str, str], None]  # reason, message, Warning or Normal
+WhyNot = Callable[[Probe, Mapping[str, str]], Awaitable[str]]
 
 
-class Program(msgspec.Struct, frozen=True):
-    """What runs in a container. `echo` says that it is the echo server, whose last word then is its configuration."""
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a container runs, and who is told. `enter` is the words before a command that runs in the pod.
 
-    words: tuple[str, ...]
-    environment: dict[str, str]
-    echo: bool = False
-    warnings: tuple[str, ...] = ()
+    `changed` is called when the container's status is another; `why_not` makes a probe (probing.Prober).
+    """
 
-
-def plan_program(
-    pod: Mapping[str, Any],
-    container: Mapping[str, Any],
-    addresses: Sequence[str],
-    find: Callable[[str], str | None] = lambda program: shutil.which(program, path=_PATH),
-) -> Program:
-    """What runs in `container` of `pod`; `find` tells where a program of this machine is."""
-    environment = container_environment(pod, container, addresses)
-    command = [expand(word, environment) for word in container.get("command") or ()]
-    warnings = []
-    if command:
-        program = find(command[0])
-        if program is not None:
-            arguments = [expand(word, environment) for word in container.get("args") or ()]
-            return Program((program, *command[1:], *arguments), environment)
-        warnings.append(f"{command[0]!r} is not a program of this machine: the echo server takes its place")
-    ports = []
-    for port in container.get("ports") or ():
-        if port.get("protocol", "TCP") in ("TCP", "UDP"):
-            ports.append([port.get("protocol", "TCP"), port["containerPort"]])
-        else:
-            warnings.append(f"port {port['containerPort']}: the echo server does not speak {port['protocol']}")
-    if not ports:
-        return Program(("/bin/sleep", "infinity"), environment, warnings=tuple(warnings))
-    who = {
-        "pod": pod["metadata"]["name"],
-        "namespace": pod["metadata"]["namespace"],
-        "node": pod["spec"].get("nodeName", ""),
-        "container": container["name"],
-        "ports": ports,
-    }
-    python = str(getattr(sys, "_base_executable", sys.executable))
-    return Program((python, "-IS", str(_ECHO), json.dumps(who)), environment, echo=True, warnings=tuple(warnings))
-
-
-def container_environment(
-    pod: Mapping[str, Any], container: Mapping[str, Any], addresses: Sequence[str]
-) -> dict[str, str]:
-    """The container's environment: literal values, and the fields of the downward API that a lab's pod has."""
-    address = addresses[0] if addresses else ""
-    fields = {
-        "metadata.name": pod["metadata"]["name"],
-        "metadata.namespace": pod["metadata"]["namespace"],
-        "metadata.uid": pod["metadata"].get("uid", ""),
-        "spec.nodeName": pod["spec"].get("nodeName", ""),
-        "spec.serviceAccountName": pod["spec"].get("serviceAccountName", "default"),
-        "status.podIP": address,
-        "status.podIPs": ",".join(addresses),
-        "status.hostIP": pod.get("status", {}).get("hostIP", ""),
-    }
-    environment = {"PATH": _PATH, "HOME": "/root", "HOSTNAME": pod["metadata"]["name"]}
-    for variable in container.get("env") or ():
-        field = ((variable.get("valueFrom") or {}).get("fieldRef") or {}).get("fieldPath")
-        if field in fields:
-            environment[variable["name"]] = fields[field]
-        elif "value" in variable:
-            environment[variable["name"]] = expand(str(variable["value"]), environment)
-    return environment
-
-
-def expand(word: str, environment: Mapping[str, str]) -> str:
-    """Replaces `$(NAME)` as kubelet does: unknown names stay, `$$` is one `$`."""
-
-    def value(match: re.Match[str]) -> str:
-        if match[0] == "$$":
-            return "$"
-        return environment.get(match[1], match[0])
-
-    return re.sub(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)", value, word)
-
-
-# --- running ----------------------------------------------------------------------------------------------------
+    enter: tuple[str, ...]
+    log: Path
+    lab: str
+    grace_seconds: float
+    changed: Callable[[], None]
+    report: Report
+    why_not: WhyNot
 
 
 class Container:
-    """One container of a pod, started again as its pod's restart policy says. `changed` is called when its status is.
+    """One container of a pod. `policy` is its restart policy; `plan` says what to run and may raise ConfigMissing."""
 
-    `enter` is the words before a command that runs in the pod.
-    """
-
-    def __init__(
-        self,
-        spec: Mapping[str, Any],
-        program: Program,
-        enter: Sequence[str],
-        log: Path,
-        policy: str,
-        lab: str,
-        changed: Callable[[], None],
-    ) -> None:
+    def __init__(self, spec: Mapping[str, Any], plan: Callable[[], Program], policy: str, place: Place) -> None:
         self.name = str(spec["name"])
         self.restarts = 0
-        self.ready = False
         self.begun = False
+        self.settled = asyncio.Event()  # set once it has started, or has ended for good
         self.state: dict[str, Any] = {"waiting": {"reason": "ContainerCreating"}}
         self._last: dict[str, Any] = {}
         self._image = str(spec.get("image", ""))
-        self._program = program
-        self._enter = tuple(enter)
-        self._log = log
+        self._probes, left_out = plan_probes(spec)
+        self._plan = plan
         self._policy = policy
-        self._lab = lab
-        self._changed = changed
+        self._place = place
+        self._health: Health | None = None
         self._child: asyncio.subprocess.Process | None = None
+        self._said: set[str] = set()
+        for text in left_out:
+            place.report("ProbeLeftOut", f"container {self.name}: {text}", "Warning")
+
+    # --- running ------------------------------------------------------------------------------------------------
 
     async def keep(self) -> None:
         """Runs it until its restart policy says that it has ended."""
+        step = 0
         while True:
+            program = await self._program()
             started = asyncio.get_running_loop().time()
-            code = await self._run_once()
+            code = await self._run_once(program)
             if self._policy == "Never" or (self._policy == "OnFailure" and code == 0):
+                self.settled.set()
                 return
             self._last = self.state
             if asyncio.get_running_loop().time() - started > 10 * _LONGEST_RESTART_SECONDS:
-                self.restarts = 0
-            seconds = min(RESTART_SECONDS * 2 ** min(self.restarts, 10), _LONGEST_RESTART_SECONDS)
+                step = 0
+            seconds = min(RESTART_SECONDS * 2 ** min(step, 10), _LONGEST_RESTART_SECONDS)
             message = f"back-off {seconds:.0f}s restarting container={self.name}"
             self._become({"waiting": {"reason": "CrashLoopBackOff", "message": message}})
             await asyncio.sleep(seconds)
+            step += 1
             self.restarts += 1
 
-    async def _run_once(self) -> int:
+    async def _program(self) -> Program:
+        """What to run, as soon as all that it refers to is there."""
+        while True:
+            try:
+                program = self._plan()
+                break
+            except ConfigMissing as error:
+                self._say("Failed", f"Error: {error}")
+                self._become({"waiting": {"reason": "CreateContainerConfigError", "message": str(error)}})
+            await asyncio.sleep(_CONFIG_SECONDS)
+        for warning in program.warnings:
+            self._say("ContainerChanged", f"container {self.name}: {warning}")
+        return program
+
+    async def _run_once(self, program: Program) -> int:
         started = now()
-        words = list(self._program.words)
-        readable, writable = os.pipe() if self._program.echo else (-1, -1)
-        if self._program.echo:
-            words[-1] = json.dumps(json.loads(words[-1]) | {"ready": writable})
         try:
-            with self._log.open("ab") as log:
-                self._child = await asyncio.create_subprocess_exec(
-                    *self._enter,
-                    *words,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=self._program.environment | {MARK: self._lab},
-                    pass_fds=(writable,) if self._program.echo else (),
-                    start_new_session=True,
-                )
+            child = await self._start(program)
+        except OSError as error:  # no memory or no process to be had: as good as a crash
+            failed = {"exitCode": 128, "reason": "StartError", "message": str(error)}
+            self._become({"terminated": failed | {"startedAt": started, "finishedAt": now()}})
+            return 128
+        watching = None
+        try:
+            if child.returncode is None:
+                self._health = Health(self._probes, asyncio.get_running_loop().time())
+                self._become({"running": {"startedAt": started}})
+                if self._probes:
+                    watching = asyncio.create_task(self._watch(self._health, program))
+            code = await child.wait()
         finally:
-            if self._program.echo:
-                os.close(writable)
-        if self._program.echo:
-            await _first_byte(readable)
-        if self._child.returncode is None:
-            self._become({"running": {"startedAt": started}}, ready=True)
-        code = await self._child.wait()
+            if watching is not None:
+                watching.cancel()
+            self._health = None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
         ended = {"exitCode": code if code >= 0 else 128 - code, "reason": "Error" if code else "Completed"}
         self._become({"terminated": ended | {"startedAt": started, "finishedAt": now()}})
         return code
 
-    def _become(self, state: dict[str, Any], ready: bool = False) -> None:
-        self.state, self.ready = state, ready
-        self.begun = self.begun or "waiting" not in state
-        self._changed()
+    async def _start(self, program: Program) -> asyncio.subprocess.Process:
+        words, log = list(program.words), self._place.log
+        with contextlib.suppress(FileNotFoundError):
+            log.replace(previous_log(log))
+        readable, writable = os.pipe() if program.echo else (-1, -1)
+        if program.echo:
+            words[-1] = json.dumps(json.loads(words[-1]) | {"ready": writable})
+        try:
+            with log.open("ab") as output:
+                child = await asyncio.create_subprocess_exec(
+                    *self._place.enter,
+                    *words,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=program.environment | {MARK: self._place.lab},
+                    pass_fds=(writable,) if program.echo else (),
+                    start_new_session=True,
+                )
+        finally:
+            if program.echo:
+                os.close(writable)
+        self._child = child
+        if program.echo:
+            await _first_byte(readable)
+        return child
 
     async def stop(self, seconds: float) -> None:
         """Ends its process: SIGTERM, and SIGKILL for all of its session when it is still there after `seconds`."""
@@ -212,6 +174,66 @@ class Container:
             os.killpg(child.pid, signal.SIGKILL)
         await child.wait()
 
+    # --- probes -------------------------------------------------------------------------------------------------
+
+    async def _watch(self, health: Health, program: Program) -> None:
+        """Makes the probes of one run until it ends, or ends it."""
+        while kinds := health.kinds:
+            tasks = [asyncio.create_task(self._repeat(kind, health, program)) for kind in kinds]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+            for task in done:
+                task.result()
+        if not health.failed:  # there was a startup probe, and nothing to look at after it
+            return
+        message = f"Container {self.name} failed {health.failed} probe, will be restarted"
+        self._place.report("Killing", message, "Normal")
+        await self.stop(self._place.grace_seconds)
+
+    async def _repeat(self, kind: str, health: Health, program: Program) -> None:
+        """Makes one kind of probe for as long as it is to be made."""
+        clock, probe = asyncio.get_running_loop().time, self._probes[kind]
+        while kind in health.kinds:
+            await asyncio.sleep(health.due_at(kind) - clock())
+            why = await self._place.why_not(probe, program.environment)
+            if why:
+                self._place.report("Unhealthy", f"{kind.capitalize()} probe failed: {why}", "Warning")
+            if health.record(kind, not why, clock()):
+                self._publish()
+
+    # --- what it looks like -------------------------------------------------------------------------------------
+
+    def _become(self, state: dict[str, Any]) -> None:
+        if state == self.state:
+            return
+        self.state = state
+        self.begun = self.begun or "waiting" not in state
+        self._publish()
+
+    def _publish(self) -> None:
+        if self.started:
+            self.settled.set()
+        self._place.changed()
+
+    def _say(self, reason: str, message: str) -> None:
+        """Reports a warning, once."""
+        if message not in self._said:
+            self._said.add(message)
+            self._place.report(reason, message, "Warning")
+
+    @property
+    def started(self) -> bool:
+        """Whether it runs and its startup probe has passed."""
+        return "running" in self.state and self._health is not None and self._health.started
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is ready to serve: it runs, and its probes say so."""
+        return self.started and self._health is not None and self._health.ready
+
     @property
     def ended(self) -> int | None:
         """The exit code, when it has ended and is not started again."""
@@ -225,11 +247,16 @@ class Container:
             "image": self._image,
             "imageID": "",
             "ready": self.ready,
-            "started": "running" in self.state,
+            "started": self.started,
             "restartCount": self.restarts,
             "state": self.state,
             "lastState": self._last,
         }
+
+
+def previous_log(log: Path) -> Path:
+    """Where the log of the run before is kept."""
+    return log.with_suffix(".previous.log")
 
 
 async def _first_byte(descriptor: int) -> None:

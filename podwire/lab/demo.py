@@ -28,7 +28,7 @@ from rich.table import Table
 
 from podwire.errors import PodwireError
 from podwire.lab import cluster, names, process, state, status
-from podwire.lab.container import plan_program
+from podwire.lab.program import plan_program
 from podwire.lab.state import LabState
 from podwire.lab.talk import ask
 

@@ -1,39 +1,38 @@
 """The lab's kubelets: what the store says about pods, made true in namespaces.
 
-    store ──watch──▶ Kubelets ── one PodWorker per pod ──▶ namespace ─▶ CNI ADD ─▶ containers ─▶ status
-                                        │ deletion        containers end ─▶ CNI DEL ─▶ namespace gone ─▶ object gone
+    store ──watch──▶ Kubelets ── one PodWorker per pod ──▶ sandbox ─▶ init containers ─▶ containers ─▶ status
+                                        │ deletion        containers end ─▶ sandbox gone ─▶ object gone
 
 Level-triggered: a worker reads the store's present state when it is woken, and an event that is lost costs nothing,
 as the next list shows the same. A pod of the same name waits until the one before it is gone, since they share a
 namespace's name.
-
-As a runtime does, a failed ADD is followed by DEL, and the next try is in a new namespace under a new container id.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import shutil
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from podwire.errors import PodwireError
-from podwire.lab import names, process
 from podwire.lab.api.errors import Gone, NotFound
-from podwire.lab.api.kinds import PODS
+from podwire.lab.api.kinds import CONFIG_MAPS, PODS, SECRETS
 from podwire.lab.api.log import EventType
 from podwire.lab.api.store import Store
-from podwire.lab.cni import Attachment, Runtime, result_addresses
-from podwire.lab.container import Container, now, plan_program
+from podwire.lab.container import Container, Place, now
 from podwire.lab.events import record
-from podwire.lab.node import enter_command
+from podwire.lab.podstatus import pod_status
+from podwire.lab.probing import Prober, SocketOpener
+from podwire.lab.program import plan_init_program, plan_program
+from podwire.lab.sandbox import Sandbox
 from podwire.lab.state import MARK, LabState
 
 _log = logging.getLogger(__name__)
-_RETRY_SECONDS = 0.25
-_LONGEST_RETRY_SECONDS = 5.0
 _SETTLED = ("Succeeded", "Failed")
+_CONFIG_KINDS = {"ConfigMap": CONFIG_MAPS, "Secret": SECRETS}
 
 Object = dict[str, Any]
 
@@ -44,6 +43,7 @@ class Kubelets:
     def __init__(self, state: LabState, store: Store) -> None:
         self._state = state
         self._store = store
+        self._opener = SocketOpener()
         self._workers: dict[str, PodWorker] = {}  # by uid
         self._last: dict[tuple[str, str], asyncio.Task[None]] = {}  # by namespace and name
 
@@ -66,7 +66,7 @@ class Kubelets:
         if worker is None and not gone and pod["spec"].get("nodeName") in {node.name for node in self._state.nodes}:
             if pod.get("status", {}).get("phase") in _SETTLED and "deletionTimestamp" not in pod["metadata"]:
                 return
-            worker = self._workers[uid] = PodWorker(self._state, self._store, pod)
+            worker = self._workers[uid] = PodWorker(self._state, self._store, self._opener, pod)
             key = (pod["metadata"]["namespace"], pod["metadata"]["name"])
             task = asyncio.create_task(worker.run(self._last.get(key)), name=f"pod {key[0]}/{key[1]}")
             self._last[key] = task
@@ -85,22 +85,21 @@ class Kubelets:
 class PodWorker:
     """One pod on its node, from its namespace to its end."""
 
-    def __init__(self, state: LabState, store: Store, pod: Object) -> None:
+    def __init__(self, state: LabState, store: Store, opener: SocketOpener, pod: Object) -> None:
         self._state = state
         self._store = store
+        self._opener = opener
         self._pod = pod
         self._namespace = str(pod["metadata"]["namespace"])
         self._name = str(pod["metadata"]["name"])
         self._node = state.node(pod["spec"]["nodeName"])
-        self._on_host = bool(pod["spec"].get("hostNetwork"))
+        self._sandbox = Sandbox(state, pod, self._report)
+        self._folder = state.files.pod_folder(self._namespace, self._name)
         self._ending = asyncio.Event()
         self._grace = 0.0
-        self._attachment: Attachment | None = None
-        self._result: Object | None = None
-        self._addresses: tuple[str, ...] = ()
+        self._init: list[Container] = []
         self._containers: list[Container] = []
         self._started = now()
-        self._netns_name = names.pod_namespace(state.name, self._namespace, self._name)
 
     def end(self, grace_seconds: float = 0.0) -> None:
         """Asks it to take the pod down; a later call shortens the grace."""
@@ -111,120 +110,76 @@ class PodWorker:
         """The whole life of the pod."""
         if predecessor is not None:
             await asyncio.wait([predecessor])
-        tasks: list[asyncio.Task[None]] = []
+        keeping: asyncio.Task[None] | None = None
         try:
-            if await self._attach():
+            if await self._sandbox.attach(self._ending):
                 self._prepare_containers()
-                tasks = [asyncio.create_task(container.keep()) for container in self._containers]
+                keeping = asyncio.create_task(self._keep_containers())
+                keeping.add_done_callback(self._note_failure)
                 await self._ending.wait()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(container.stop(self._grace) for container in self._containers))
-        await self._detach()
+            if keeping is not None:
+                keeping.cancel()
+                await asyncio.wait([keeping])
+        await asyncio.gather(*(container.stop(self._grace) for container in (*self._init, *self._containers)))
+        await self._sandbox.detach()
+        shutil.rmtree(self._folder, ignore_errors=True)
         self._remove_object()
-
-    # --- the network --------------------------------------------------------------------------------------------
-
-    async def _attach(self) -> bool:
-        """Gives the pod its network, trying for as long as it takes; False when the pod is to end."""
-        if self._on_host:
-            self._addresses = self._node.addresses
-            return not self._ending.is_set()
-        tries = 0
-        while not self._ending.is_set():
-            try:
-                await self._make_namespace()
-                self._attachment = self._new_attachment()
-                self._result = await self._runtime().add(self._attachment)
-                self._addresses = result_addresses(self._result)
-                return True
-            except (PodwireError, OSError) as error:
-                self._report("FailedCreatePodSandBox", f"failed to set up the pod's network: {error}")
-            await self._detach()
-            await self._pause(tries)
-            tries += 1
-        return False
-
-    async def _detach(self) -> None:
-        """Takes the pod's network away, trying for as long as it takes."""
-        if self._on_host:
-            return
-        await self._kill_strays()
-        tries = 0
-        while self._attachment is not None:
-            try:
-                await self._runtime().delete(self._attachment, self._result)
-                self._attachment = self._result = None
-            except (PodwireError, OSError) as error:
-                self._report("FailedKillPod", f"failed to take the pod's network down: {error}")
-                await asyncio.sleep(_back_off(tries))
-                tries += 1
-        await self._delete_namespace()
-
-    def _runtime(self) -> Runtime:
-        files, node = self._state.files, self._node.name
-        bin_dir, conf_dir = files.node_path(node, "/opt/cni/bin"), files.node_path(node, "/etc/cni/net.d")
-        return Runtime(enter_command(self._state, node), bin_dir, conf_dir, {MARK: self._state.name})
-
-    async def _make_namespace(self) -> None:
-        await self._delete_namespace()  # what an earlier try may have left
-        await _ip("netns", "add", self._netns_name)
-        await _ip("-n", self._netns_name, "link", "set", "lo", "up")
-
-    async def _delete_namespace(self) -> None:
-        if names.netns_path(self._netns_name).exists():
-            await _ip("netns", "delete", self._netns_name)
-
-    async def _kill_strays(self) -> None:
-        """Ends what containers started and left behind; one of them would keep the namespace alive."""
-        try:
-            inode = names.netns_path(self._netns_name).stat().st_ino
-        except FileNotFoundError:
-            return
-        pids = frozenset({inode})
-        await asyncio.to_thread(process.kill_all, lambda: process.in_namespaces(pids), 5.0)
-
-    def _new_attachment(self) -> Attachment:
-        container_id = secrets.token_hex(32)
-        args = {
-            "IgnoreUnknown": "1",
-            "K8S_POD_NAMESPACE": self._namespace,
-            "K8S_POD_NAME": self._name,
-            "K8S_POD_INFRA_CONTAINER_ID": container_id,
-            "K8S_POD_UID": str(self._pod["metadata"]["uid"]),
-        }
-        netns = str(names.netns_path(self._netns_name))
-        return Attachment(container_id=container_id, netns=netns, args=tuple(args.items()))
-
-    async def _pause(self, tries: int) -> None:
-        try:
-            async with asyncio.timeout(_back_off(tries)):
-                await self._ending.wait()
-        except TimeoutError:
-            return
 
     # --- the containers -----------------------------------------------------------------------------------------
 
     def _prepare_containers(self) -> None:
-        spec = self._pod["spec"]
-        self._pod.setdefault("status", {})["hostIP"] = self._node.addresses[0]
-        netns = None if self._on_host else names.netns_path(self._netns_name)
-        enter = enter_command(self._state, self._node.name, netns)
-        folder = self._state.files.pod_folder(self._namespace, self._name)
-        folder.mkdir(parents=True, exist_ok=True)
-        if spec.get("initContainers"):
-            self._report("InitContainersSkipped", "the lab does not run init containers")
-        for container in spec["containers"]:
-            program = plan_program(self._pod, container, self._addresses)
-            for warning in program.warnings:
-                self._report("ContainerChanged", f"container {container['name']}: {warning}")
-            log = folder / f"{container['name']}.log"
-            policy = spec.get("restartPolicy", "Always")
-            made = Container(container, program, enter, log, policy, self._state.name, self._publish)
-            self._containers.append(made)
+        spec, addresses = self._pod["spec"], self._sandbox.addresses
+        status = self._pod.setdefault("status", {})
+        status["hostIP"] = self._node.addresses[0]
+        status["hostIPs"] = [{"ip": address} for address in self._node.addresses]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        enter, mark = self._sandbox.enter, {MARK: self._state.name}
+        prober = Prober(self._opener, self._sandbox.node_netns, addresses[0] if addresses else "", enter, mark)
+        policy = str(spec.get("restartPolicy", "Always"))
+
+        def made(container: Object, *, init: bool) -> Container:
+            beside = is_sidecar(container)
+            plan = partial(
+                plan_init_program if init and not beside else plan_program,
+                self._pod, container, addresses, find_object=self._find_object,
+            )  # fmt: skip
+            place = Place(
+                enter=enter,
+                log=self._folder / log_name(container["name"]),
+                lab=self._state.name,
+                grace_seconds=float(spec.get("terminationGracePeriodSeconds", 30)),
+                changed=self._publish,
+                report=self._report,
+                why_not=prober.why_not,
+            )
+            own = "Always" if beside else "OnFailure" if init and policy == "Always" else policy
+            return Container(container, plan, own, place)
+
+        self._init = [made(one, init=True) for one in spec.get("initContainers") or ()]
+        self._containers = [made(one, init=False) for one in spec["containers"]]
         self._publish()
+
+    async def _keep_containers(self) -> None:
+        """Runs the init containers to their ends, one after the other, and then all the others."""
+        async with asyncio.TaskGroup() as group:
+            for spec, container in zip(self._pod["spec"].get("initContainers") or (), self._init, strict=True):
+                if is_sidecar(spec):
+                    group.create_task(container.keep())
+                    await container.settled.wait()
+                    continue
+                await container.keep()
+                if container.ended:
+                    return
+            for container in self._containers:
+                group.create_task(container.keep())
+
+    def _find_object(self, kind: str, name: str) -> Object | None:
+        return self._store.find(_CONFIG_KINDS[kind], name, self._namespace)
+
+    def _note_failure(self, keeping: asyncio.Task[None]) -> None:
+        if not keeping.cancelled() and (error := keeping.exception()) is not None:
+            _log.error("pod %s/%s: its containers are not kept", self._namespace, self._name, exc_info=error)
 
     # --- what the API shows -------------------------------------------------------------------------------------
 
@@ -238,35 +193,19 @@ class PodWorker:
     def _with_status(self, pod: Object) -> Object:
         if pod["metadata"]["uid"] != self._pod["metadata"]["uid"]:
             return pod
-        status = dict(pod.get("status", {}))
-        status |= {
-            "phase": self._phase(),
-            "hostIP": self._node.addresses[0],
-            "hostIPs": [{"ip": address} for address in self._node.addresses],
-            "startTime": self._started,
-            "containerStatuses": [container.status() for container in self._containers],
-        }
-        if self._addresses:
-            status |= {"podIP": self._addresses[0], "podIPs": [{"ip": address} for address in self._addresses]}
-        ready = bool(self._containers) and all(container.ready for container in self._containers)
-        kinds = {"Initialized": True, "ContainersReady": ready, "Ready": ready}
-        status["conditions"] = _conditions(status.get("conditions", []), kinds)
-        for field in ("reason", "message"):
-            status.pop(field, None)
+        known = dict(pod.get("status", {})) | {"startTime": self._started}
+        status = pod_status(
+            self._pod["spec"], known, self._node.addresses, self._sandbox.addresses,
+            [one.status() for one in self._init], [one.status() for one in self._containers],
+            bool(self._containers) and all(one.begun for one in self._containers), now(),
+        )  # fmt: skip
         return {**pod, "status": status}
 
-    def _phase(self) -> str:
-        codes = [container.ended for container in self._containers]
-        if codes and all(code is not None for code in codes):
-            policy = self._pod["spec"].get("restartPolicy", "Always")
-            if policy == "Never" or (policy == "OnFailure" and not any(codes)):
-                return "Failed" if any(codes) else "Succeeded"
-        return "Running" if codes and all(container.begun for container in self._containers) else "Pending"
-
-    def _report(self, reason: str, message: str) -> None:
-        """Says that something went wrong: in the log, as an event, and in the status of a pod that does not run yet."""
-        _log.warning("pod %s/%s: %s", self._namespace, self._name, message)
-        record(self._store, self._pod, reason, message)
+    def _report(self, reason: str, message: str, kind: str = "Warning") -> None:
+        """Says what happened: in the log, as an event, and in the status of a pod that does not run yet."""
+        _log.log(logging.WARNING if kind == "Warning" else logging.INFO, "pod %s/%s: %s",
+                 self._namespace, self._name, message)  # fmt: skip
+        record(self._store, self._pod, reason, message, kind)
         if self._containers or self._store.find(PODS, self._name, self._namespace) is None:
             return
 
@@ -284,24 +223,16 @@ class PodWorker:
             return
 
 
-def _conditions(known: list[Object], wanted: Mapping[str, bool]) -> list[Object]:
-    """The conditions with new values; the time of the last change stays when the value does."""
-    by_type = {condition["type"]: condition for condition in known}
-    for kind, holds in wanted.items():
-        value = str(holds)
-        if by_type.get(kind, {}).get("status") != value:
-            by_type[kind] = {"type": kind, "status": value, "lastTransitionTime": now()}
-    return list(by_type.values())
+def is_sidecar(init_container: Mapping[str, Any]) -> bool:
+    """Whether an init container runs beside the others instead of before them (its restartPolicy is Always)."""
+    return init_container.get("restartPolicy") == "Always"
 
 
-def _back_off(tries: int) -> float:
-    return float(min(_RETRY_SECONDS * 2 ** min(tries, 10), _LONGEST_RETRY_SECONDS))
+def log_name(container: str) -> str:
+    """The file in the pod's folder that holds the container's output."""
+    return f"{container}.log"
 
 
-async def _ip(*words: str) -> None:
-    child = await asyncio.create_subprocess_exec(
-        "ip", *words, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
-    )
-    _, stderr = await child.communicate()
-    if child.returncode:
-        raise PodwireError(f"ip {' '.join(words)}: {stderr.decode(errors='replace').strip()}")
+def log_path(state: LabState, namespace: str, pod: str, container: str) -> Path:
+    """Where a container's output is."""
+    return state.files.pod_folder(namespace, pod) / log_name(container)

@@ -1,4 +1,4 @@
-"""The process that holds a lab's control plane: API server, scheduler, kubelets, node registration. One event loop.
+"""The process that holds a lab's control plane: API server, scheduler, controllers, kubelets, nodes. One event loop.
 
 It listens twice: on a loopback port of the machine, for kubectl and the `podwire lab` command, and in the lab's
 control namespace, for what runs on the lab's nodes. The second socket is opened inside that namespace and then served
@@ -16,6 +16,9 @@ import logging
 import os
 import socket
 import sys
+import time
+from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -26,8 +29,9 @@ from podwire.lab.api.errors import NotFound
 from podwire.lab.api.kinds import NODES
 from podwire.lab.api.server import ApiServer
 from podwire.lab.api.store import Store
-from podwire.lab.container import now
-from podwire.lab.kubelet import Kubelets
+from podwire.lab.container import now, previous_log
+from podwire.lab.controllers import Controllers
+from podwire.lab.kubelet import Kubelets, log_path
 from podwire.lab.scheduler import Scheduler
 from podwire.lab.state import LabState, NodeState
 
@@ -97,20 +101,28 @@ def _set_ready(store: Store, node: str, ready: bool, message: str) -> None:
         store.modify(NODES, node, "", change, subresource="status")
 
 
+def find_log(lab: LabState, namespace: str, pod: str, container: str, previous: bool) -> Path:
+    """Where the output of a container is, or that of its run before the last restart."""
+    path = log_path(lab, namespace, pod, container)
+    return previous_log(path) if previous else path
+
+
 async def serve(lab: LabState, sockets: list[socket.socket], address: ApiAddress) -> None:
     """Runs the control plane until it is cancelled. Its address is written once it answers."""
-    store = Store()
+    store = Store(first_version=time.time_ns() // 1_000_000)  # above all that an earlier supervisor has given out
     for node in lab.nodes:
         store.create(NODES, node_object(node))
     async with contextlib.AsyncExitStack() as stack:
         for listener in sockets:  # an application belongs to one of aiohttp's runners, the store to all
-            await stack.enter_async_context(ApiServer(store).serving(listener=listener))
+            server = ApiServer(store, find_log=partial(find_log, lab))
+            await stack.enter_async_context(server.serving(listener=listener))
         state.write_atomically(lab.files.api, msgspec.json.encode(address))
         scheduler = Scheduler(store)
         async with asyncio.TaskGroup() as group:
             group.create_task(Kubelets(lab, store).run())
             group.create_task(scheduler.follow_pods())
             group.create_task(scheduler.follow_nodes())
+            group.create_task(Controllers(store).run())
             for node in lab.nodes:
                 group.create_task(watch_node(lab, store, node))
 

@@ -22,7 +22,7 @@ from podwire.lab import manifests
 from podwire.lab.api import client as api_client
 from podwire.lab.api.client import Client
 from podwire.lab.api.errors import AlreadyExists, ApiError, Conflict, Gone, Invalid, NotFound, Unreachable
-from podwire.lab.api.kinds import CRDS, NAMESPACES, NODES, PODS
+from podwire.lab.api.kinds import CRDS, DEPLOYMENTS, NAMESPACES, NODES, PODS, REPLICA_SETS
 from podwire.lab.api.kubeconfig import kubeconfig
 from podwire.lab.api.server import ApiServer
 from podwire.lab.api.store import Store
@@ -116,7 +116,7 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
     "no such path": ("GET", "/nowhere", None, 404, "could not find"),
     "no such kind": ("GET", "/apis/example.org/v1/widgets", None, 404, "could not find"),
     "no such group": ("GET", "/apis/example.org/v1", None, 404, "could not find"),
-    "no such subresource": ("GET", f"{PODS_PATH}/web/log", None, 404, "pods have no 'log' here"),
+    "no such subresource": ("GET", f"{PODS_PATH}/web/exec", None, 404, "pods have no 'exec' here"),
     "a collection is not replaced": ("PUT", PODS_PATH, {}, 405, "PUT is not supported here"),
     "not JSON": ("POST", PODS_PATH, b"{", 400, "not JSON"),
     "a list for an object": ("POST", PODS_PATH, [], 400, "an object is expected"),
@@ -450,6 +450,9 @@ def test_every_kind_has_a_table_even_for_bare_objects() -> None:
             obj: dict[str, Any] = {"metadata": {"name": "bare"}}
             if kind is PODS:
                 obj["spec"] = {"containers": [{"name": "c"}]}
+            elif kind in (DEPLOYMENTS, REPLICA_SETS):
+                template = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c"}]}}
+                obj["spec"] = {"selector": {"matchLabels": {"a": "b"}}, "template": template}
             api.store.create(kind, obj)
             code, table = await api.call("GET", api_client.path(kind), headers={"Accept": TABLE})
             assert (code, "bare" in [row["cells"][0] for row in table["rows"]]) == (200, True)

@@ -10,7 +10,7 @@ import pytest
 from podwire.errors import PodwireError
 from podwire.lab import names
 from podwire.lab.cni import Attachment, NetworkList, plugin_config, plugin_environment
-from podwire.lab.container import expand, plan_program
+from podwire.lab.program import expand, plan_program
 from podwire.lab.node import block_size
 from podwire.lab.scheduler import choose_node
 from podwire.lab.state import LabState, plan_nodes

@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from podwire.lab.api.errors import Invalid
-from podwire.lab.api.kinds import NODES, PODS, SERVICES, Kind
+from podwire.lab.api import selectors
+from podwire.lab.api.errors import BadRequest, Invalid
+from podwire.lab.api.kinds import DEPLOYMENTS, NODES, PODS, REPLICA_SETS, SERVICES, Kind
 
 Object = dict[str, Any]
 T = TypeVar("T")
@@ -33,6 +34,7 @@ NAME_RULES: dict[str, tuple[re.Pattern[str], int, str]] = {
 }  # fmt: skip
 _LABEL_KEY = re.compile(rf"({_LABEL}(\.{_LABEL})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
 _LABEL_VALUE = re.compile("([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+_PERCENT = re.compile("[0-9]+%")
 _PROTOCOLS = ("TCP", "UDP", "SCTP")
 _SERVER_OWNED = ("uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "generation", "name",
                  "namespace", "resourceVersion", "generateName", "selfLink")  # fmt: skip
@@ -90,6 +92,8 @@ def for_update(kind: Kind, current: Object, proposed: Object, subresource: str =
     check(kind, new)
     if kind is PODS:
         _check_pod_change(current, new)
+    if kind in (DEPLOYMENTS, REPLICA_SETS) and current["spec"].get("selector") != new["spec"].get("selector"):
+        raise _invalid(kind, new, [("spec.selector", "Invalid value: field is immutable")])
     if _desired(new) != _desired(current):
         metadata["generation"] = current["metadata"].get("generation", 1) + 1
     return new
@@ -117,8 +121,33 @@ def default(kind: Kind, obj: Object) -> None:
         fill(obj)
 
 
+def merged_by(kind: Kind, obj: Object) -> None:
+    """Fills in, in place, what lists are merged by in a part of an object: a port that says no protocol means TCP."""
+    spec = obj.get("spec")
+    if not isinstance(spec, dict):
+        return
+    if kind in (DEPLOYMENTS, REPLICA_SETS):
+        template = spec.get("template")
+        spec = template.get("spec") if isinstance(template, dict) else None
+    if kind is SERVICES:
+        _default_ports(spec)
+    elif kind in (PODS, DEPLOYMENTS, REPLICA_SETS) and isinstance(spec, dict):
+        for _, container in _containers(spec):
+            _default_ports(container)
+
+
+def _default_ports(holder: Any) -> None:
+    for port in _dicts(holder.get("ports")):
+        port.setdefault("protocol", "TCP")
+
+
 def _default_pod(pod: Object) -> None:
-    spec = pod.get("spec")
+    _default_pod_spec(pod.get("spec"))
+    if isinstance(pod.get("spec"), dict):
+        pod.setdefault("status", {}).setdefault("phase", "Pending")
+
+
+def _default_pod_spec(spec: Any) -> None:
     if not isinstance(spec, dict):
         return
     spec.setdefault("restartPolicy", "Always")
@@ -131,7 +160,34 @@ def _default_pod(pod: Object) -> None:
             port.setdefault("protocol", "TCP")
             if spec.get("hostNetwork") and "containerPort" in port:
                 port.setdefault("hostPort", port["containerPort"])
-    pod.setdefault("status", {}).setdefault("phase", "Pending")
+
+
+def _default_replica_set(replica_set: Object) -> None:
+    spec = replica_set.get("spec")
+    if not isinstance(spec, dict):
+        return
+    spec.setdefault("replicas", 1)
+    template = spec.get("template")
+    if isinstance(template, dict):
+        if not isinstance(template.get("metadata"), dict):
+            template["metadata"] = {}
+        template["metadata"].pop("creationTimestamp", None)  # null in what `kubectl create --dry-run -o yaml` writes
+        _default_pod_spec(template.get("spec"))
+
+
+def _default_deployment(deployment: Object) -> None:
+    _default_replica_set(deployment)
+    spec = deployment.get("spec")
+    if not isinstance(spec, dict):
+        return
+    spec.setdefault("revisionHistoryLimit", 10)
+    spec.setdefault("progressDeadlineSeconds", 600)
+    strategy = spec.setdefault("strategy", {})
+    if isinstance(strategy, dict) and strategy.setdefault("type", "RollingUpdate") == "RollingUpdate":
+        rolling = strategy.setdefault("rollingUpdate", {})
+        if isinstance(rolling, dict):
+            rolling.setdefault("maxSurge", "25%")
+            rolling.setdefault("maxUnavailable", "25%")
 
 
 def _default_service(service: Object) -> None:
@@ -152,6 +208,8 @@ def _default_namespace(namespace: Object) -> None:
 _DEFAULTS: dict[tuple[str, str, str], Callable[[Object], None]] = {
     PODS.key: _default_pod,
     SERVICES.key: _default_service,
+    DEPLOYMENTS.key: _default_deployment,
+    REPLICA_SETS.key: _default_replica_set,
     ("", "v1", "namespaces"): _default_namespace,
 }
 
@@ -164,6 +222,8 @@ def check(kind: Kind, obj: Object) -> None:
     problems = list(_metadata_problems(kind, obj["metadata"]))
     if kind is PODS:
         problems += _pod_problems(obj.get("spec"))
+    if kind in (DEPLOYMENTS, REPLICA_SETS):
+        problems += _workload_problems(obj.get("spec"))
     if problems:
         raise _invalid(kind, obj, problems)
 
@@ -198,6 +258,55 @@ def _metadata_problems(kind: Kind, metadata: Mapping[str, Any]) -> Iterator[Prob
                     "metadata.labels",
                     f"Invalid value: {_shown(value)}: {key} must be at most 63 of A-Za-z0-9-_., its ends alphanumeric",
                 )
+
+
+def _workload_problems(spec: Any) -> Iterator[Problem]:
+    if not isinstance(spec, dict):
+        yield "spec", "Required value: this needs a spec with a selector and a template"
+        return
+    for field, value in (("replicas", spec.get("replicas", 1)), ("minReadySeconds", spec.get("minReadySeconds", 0))):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            yield f"spec.{field}", f"Invalid value: {_shown(value)}: must be a number from 0 on"
+    template = spec.get("template")
+    if not isinstance(template, dict):
+        yield "spec.template", "Required value: pods are made from a template"
+        return
+    for field, what in _pod_problems(template.get("spec")):
+        yield f"spec.template.{field}", what
+    inner = template.get("spec")
+    policy = inner.get("restartPolicy", "Always") if isinstance(inner, dict) else "Always"
+    if policy != "Always":
+        yield "spec.template.spec.restartPolicy", f'Unsupported value: {_shown(policy)}: supported values: "Always"'
+    selector = spec.get("selector")
+    if not isinstance(selector, dict) or not (selector.get("matchLabels") or selector.get("matchExpressions")):
+        yield "spec.selector", "Required value: the pods are found by matchLabels or matchExpressions"
+        return
+    try:
+        matches = selectors.from_object(selector).matches(template)
+    except (BadRequest, KeyError, TypeError, AttributeError) as error:
+        yield "spec.selector", f"Invalid value: {error}"
+        return
+    if not matches:
+        labels = (template.get("metadata") or {}).get("labels") or {}
+        yield "spec.template.metadata.labels", f"Invalid value: {labels}: `selector` does not match template `labels`"
+    yield from _strategy_problems(spec.get("strategy"))
+
+
+def _strategy_problems(strategy: Any) -> Iterator[Problem]:
+    if strategy is None:
+        return
+    kinds = ("RollingUpdate", "Recreate")
+    if not isinstance(strategy, dict) or strategy.get("type") not in kinds:
+        yield "spec.strategy.type", f"Unsupported value: supported values: {', '.join(kinds)}"
+        return
+    rolling = strategy.get("rollingUpdate") or {}
+    for field in ("maxSurge", "maxUnavailable"):
+        value = rolling.get(field, 0)
+        if not (isinstance(value, int) and not isinstance(value, bool) and value >= 0) and not (
+            isinstance(value, str) and _PERCENT.fullmatch(value)
+        ):
+            at = f"spec.strategy.rollingUpdate.{field}"
+            yield at, f"Invalid value: {_shown(value)}: must be a number from 0 on, or a percentage such as 25%"
 
 
 def _pod_problems(spec: Any) -> Iterator[Problem]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from podwire.lab.api.kinds import Kind, Registry
+from podwire.lab.api.kinds import PODS, Kind, Registry
 
 _VERBS = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"]
-_SUBRESOURCES = {"pods": {"binding": "Binding", "eviction": "Eviction"}}
+_SUBRESOURCES = {  # of pods: what is sent or read there, and how
+    "binding": ("Binding", ["create"]), "eviction": ("Eviction", ["create"]), "log": ("Pod", ["get"]),
+}  # fmt: skip
 
 
 def api_versions() -> dict[str, Any]:
@@ -61,10 +63,13 @@ def _resources(kind: Kind) -> list[dict[str, Any]]:
     if kind.status:
         status = {**base, "name": f"{kind.plural}/status", "singularName": "", "verbs": ["get", "patch", "update"]}
         entries.append(status)
-    if not kind.group:
-        for name, what in _SUBRESOURCES.get(kind.plural, {}).items():
-            entry = {**base, "kind": what, "name": f"{kind.plural}/{name}", "singularName": "", "verbs": ["create"]}
-            entries.append(entry)
+    if kind.scale:
+        scale = {**base, "group": "autoscaling", "version": "v1", "kind": "Scale"}
+        verbs = ["get", "patch", "update"]
+        entries.append({**scale, "name": f"{kind.plural}/scale", "singularName": "", "verbs": verbs})
+    if kind is PODS:
+        for name, (what, verbs) in _SUBRESOURCES.items():
+            entries.append({**base, "kind": what, "name": f"pods/{name}", "singularName": "", "verbs": verbs})
     return entries
 
 

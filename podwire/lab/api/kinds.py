@@ -2,7 +2,7 @@
 
 A kind that the table does not have is stored and listed all the same when somebody sends one (its group, version and
 plural stand in the path, its name in the body). `stored_only` marks kinds on which nothing in the lab acts yet: the
-server says so once, so that nobody waits for a Deployment to make pods.
+server says so once, so that nobody waits for a StatefulSet to make pods.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
     """One resource. `plural` is its name in paths. `group` is empty for core kinds.
 
-    `status`: has a status subresource. `stored_only`: nothing acts on it. `builtin`: strategic merge patch applies.
+    `status`, `scale`: has the subresource. `stored_only`: nothing acts on it. `builtin`: strategic merge patch applies.
     `fields`: field selectors besides metadata.name and metadata.namespace. `name_rule`: see `admission.NAME_RULES`.
     """
 
@@ -27,6 +27,7 @@ class Kind(msgspec.Struct, frozen=True, kw_only=True):
     namespaced: bool = True
     short: tuple[str, ...] = ()
     status: bool = False
+    scale: bool = False
     stored_only: bool = False
     builtin: bool = True
     fields: tuple[str, ...] = ()
@@ -72,6 +73,15 @@ CRDS = Kind(
     group="apiextensions.k8s.io", kind="CustomResourceDefinition", plural="customresourcedefinitions",
     namespaced=False, short=("crd",), status=True,
 )  # fmt: skip
+DEPLOYMENTS = Kind(
+    group="apps", kind="Deployment", plural="deployments", short=("deploy",), status=True, scale=True
+)  # fmt: skip
+REPLICA_SETS = Kind(
+    group="apps", kind="ReplicaSet", plural="replicasets", short=("rs",), status=True, scale=True,
+    fields=("status.replicas",),
+)  # fmt: skip
+CONFIG_MAPS = Kind(kind="ConfigMap", plural="configmaps", short=("cm",))
+SECRETS = Kind(kind="Secret", plural="secrets", fields=("type",))
 _EVENT_FIELDS = (
     "involvedObject.kind", "involvedObject.namespace", "involvedObject.name", "involvedObject.uid", "reason", "type",
 )  # fmt: skip
@@ -94,12 +104,12 @@ BUILTIN: tuple[Kind, ...] = (
     PODS,
     SERVICES,
     Kind(kind="Endpoints", plural="endpoints", short=("ep",), stored_only=True),
-    Kind(kind="ConfigMap", plural="configmaps", short=("cm",)),
-    Kind(kind="Secret", plural="secrets", fields=("type",)),
+    CONFIG_MAPS,
+    SECRETS,
     Kind(kind="ServiceAccount", plural="serviceaccounts", short=("sa",)),
     Kind(kind="Event", plural="events", short=("ev",), fields=_EVENT_FIELDS),
-    _workload("Deployment", "deploy"),
-    _workload("ReplicaSet", "rs"),
+    DEPLOYMENTS,
+    REPLICA_SETS,
     _workload("StatefulSet", "sts"),
     _workload("DaemonSet", "ds"),
     Kind(group="batch", kind="Job", plural="jobs", status=True, stored_only=True),

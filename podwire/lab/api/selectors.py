@@ -66,6 +66,33 @@ def parse(kind: Kind, labels: str = "", fields: str = "") -> Selector:
     return Selector(labels=_label_terms(labels), fields=_field_terms(kind, fields))
 
 
+def from_object(selector: Mapping[str, Any] | None) -> Selector:
+    """A `LabelSelector` (meta/v1: matchLabels, matchExpressions) as it stands in specs. An empty one matches all.
+
+    Raises BadRequest for an operator that there is not.
+    """
+    terms = [Term(key, frozenset((value,))) for key, value in ((selector or {}).get("matchLabels") or {}).items()]
+    for one in (selector or {}).get("matchExpressions") or ():
+        if one.get("operator") not in _OPERATORS:
+            raise BadRequest(f"operator {one.get('operator')!r} is not one of {', '.join(_OPERATORS)}")
+        by_value, wanted = _OPERATORS[one["operator"]]
+        terms.append(Term(one["key"], frozenset(one.get("values") or ()) if by_value else None, wanted))
+    return Selector(labels=tuple(terms))
+
+
+def to_text(selector: Selector) -> str:
+    """The label terms as a query parameter writes them; `parse` reads it back."""
+    return ",".join(_term_text(term) for term in selector.labels)
+
+
+def _term_text(term: Term) -> str:
+    if term.values is None:
+        return term.key if term.wanted else f"!{term.key}"
+    if len(term.values) == 1:
+        return f"{term.key}{'=' if term.wanted else '!='}{next(iter(term.values))}"
+    return f"{term.key} {'in' if term.wanted else 'notin'} ({','.join(sorted(term.values))})"
+
+
 def _label_terms(text: str) -> tuple[Term, ...]:
     terms, at = [], 0
     text = text.strip()
@@ -114,4 +141,5 @@ def _field(obj: Mapping[str, Any], path: str) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+_OPERATORS = {"In": (True, True), "NotIn": (True, False), "Exists": (False, True), "DoesNotExist": (False, False)}
 _BOOLEANS = ("spec.hostNetwork", "spec.unschedulable")

@@ -24,12 +24,14 @@ from typing import Any
 from aiohttp import web
 
 import podwire
-from podwire.lab.api import discovery, kinds, patch, requests, table
+from podwire.lab.api import discovery, kinds, patch, podlogs, requests, table
 from podwire.lab.api.admission import Object
 from podwire.lab.api.errors import ApiError, BadRequest, Gone, MethodNotAllowed, NotFound, UnsupportedMediaType
 from podwire.lab.api.kinds import CRDS, PODS, Kind
 from podwire.lab.api.log import EventType
 from podwire.lab.api.paths import Target, parse
+from podwire.lab.api.podlogs import FindLog
+from podwire.lab.api.scale import scale_of, scaled
 from podwire.lab.api.store import Store
 from podwire.lab.api.watch import Event
 
@@ -41,10 +43,16 @@ Handler = Callable[[web.Request, Kind, Target], Awaitable[web.StreamResponse]]
 
 
 class ApiServer:
-    """`app` is the aiohttp application on `store`. `bookmark_seconds` is how often a quiet watch hears from us."""
+    """`app` is the aiohttp application on `store`. `bookmark_seconds` is how often a quiet watch hears from us.
 
-    def __init__(self, store: Store, *, bookmark_seconds: float = BOOKMARK_SECONDS) -> None:
+    `find_log` says where a container's log is; without it there are none.
+    """
+
+    def __init__(
+        self, store: Store, *, bookmark_seconds: float = BOOKMARK_SECONDS, find_log: FindLog | None = None
+    ) -> None:
         self.store = store
+        self._find_log = find_log
         self._bookmark_seconds = bookmark_seconds
         self._watches: set[asyncio.Task[Any]] = set()
         self._warned: set[tuple[str, str, str]] = set()
@@ -152,6 +160,10 @@ class ApiServer:
         verbs: dict[str, Handler] = {}
         if target.subresource in ("binding", "eviction"):
             verbs = {"POST": self._bind if target.subresource == "binding" else self._evict}
+        elif target.subresource == "scale":
+            verbs = {"GET": self._get_scale, "PUT": self._update_scale, "PATCH": self._patch_scale}
+        elif target.subresource == "log":
+            verbs = {"GET": self._log}
         elif target.name:
             verbs = {"GET": self._get, "PUT": self._update, "PATCH": self._patch}
             if not target.subresource:
@@ -295,6 +307,8 @@ class ApiServer:
     async def _delete(self, request: web.Request, kind: Kind, target: Target) -> web.Response:
         options = await requests.delete_options(request)
         conditions = options.get("preconditions") or {}
+        if options.get("propagationPolicy") == "Orphan" or options.get("orphanDependents"):
+            self.store.orphan(kind, target.name, target.namespace)
         last = self.store.delete(
             kind,
             target.name,
@@ -320,6 +334,38 @@ class ApiServer:
                 self.store.delete(kind, name, namespace, grace_seconds=grace, dry_run=requests.dry_run(request))
         return web.json_response(_success({"group": kind.group, "kind": kind.plural}))
 
+    async def _get_scale(self, _: web.Request, kind: Kind, target: Target) -> web.Response:
+        return web.json_response(scale_of(self.store.get(kind, target.name, target.namespace)))
+
+    async def _update_scale(self, request: web.Request, kind: Kind, target: Target) -> web.Response:
+        wanted = await requests.body(request)
+        return self._scale(request, kind, target, lambda _: wanted)
+
+    async def _patch_scale(self, request: web.Request, kind: Kind, target: Target) -> web.Response:
+        change = _change(request.content_type, await requests.plain(request), kind)
+        return self._scale(request, kind, target, change)
+
+    def _scale(
+        self, request: web.Request, kind: Kind, target: Target, change: Callable[[Object], Object]
+    ) -> web.Response:
+        done = self.store.modify(
+            kind, target.name, target.namespace, lambda obj: scaled(kind, obj, change(scale_of(obj))),
+            dry_run=requests.dry_run(request),
+        )  # fmt: skip
+        return web.json_response(scale_of(done))
+
+    async def _log(self, request: web.Request, kind: Kind, target: Target) -> web.StreamResponse:
+        if self._find_log is None:
+            raise NotFound("there are no logs here")
+        pod = self.store.get(kind, target.name, target.namespace)
+        task = asyncio.current_task()
+        assert task is not None
+        self._watches.add(task)  # one that follows ends with the server
+        try:
+            return await podlogs.answer(request, self.store, self._find_log, pod)
+        finally:
+            self._watches.discard(task)
+
     async def _bind(self, request: web.Request, _: Kind, target: Target) -> web.Response:
         node = ((await requests.body(request)).get("target") or {}).get("name")
         if not node:
@@ -335,7 +381,8 @@ class ApiServer:
 
 
 def _has_subresource(kind: Kind, name: str) -> bool:
-    return (name == "status" and kind.status) or (kind is PODS and name in ("binding", "eviction"))
+    known = {"status": kind.status, "scale": kind.scale}
+    return known.get(name, kind is PODS and name in ("binding", "eviction", "log"))
 
 
 def _found(document: Object | None) -> web.Response:

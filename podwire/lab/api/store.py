@@ -211,7 +211,7 @@ class Store:
         name, namespace = config["metadata"]["name"], config["metadata"].get("namespace", "")
         for field in ("uid", "resourceVersion", "managedFields"):
             config["metadata"].pop(field, None)
-        admission.default(kind, config)  # a port that says no protocol means TCP, not any of that number
+        admission.merged_by(kind, config)  # not all defaults: what it does not say is not its to change
         config.pop("spec" if subresource else "status", None)
         current = self._objects.get(kind.key, {}).get((namespace, name))
         if current is None:
@@ -267,6 +267,17 @@ class Store:
         if grace == 0 and not current["metadata"].get("finalizers"):
             return self._remove(kind, current)
         return self._mark_deleted(kind, current, grace)
+
+    def orphan(self, kind: Kind, name: str, namespace: str = "") -> None:
+        """Takes the object out of all `ownerReferences` (propagationPolicy Orphan). Raises NotFound."""
+        uid = self._require(kind, name, namespace)["metadata"]["uid"]
+        for other in tuple(self.kinds):
+            for obj in tuple(self._objects.get(other.key, {}).values()):
+                owners = obj["metadata"].get("ownerReferences") or ()
+                if any(one.get("uid") == uid for one in owners):
+                    free = copied(obj)
+                    free["metadata"]["ownerReferences"] = [one for one in owners if one.get("uid") != uid]
+                    self._commit(other, obj, free, dry_run=False)
 
     # --- inside -------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What `kubectl get` prints: the server's own tables (meta/v1 Table), for those who ask with `as=Table`.
 
-Columns with priority 1 show with `-o wide` only. Pods, nodes, services and namespaces have theirs; every other kind has
-its name and age. Pure: `now` is seconds since the epoch.
+Columns with priority 1 show with `-o wide` only. Pods, nodes, services, namespaces and workloads have theirs; every
+other kind has its name and age. Pure: `now` is seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
-from podwire.lab.api.kinds import NAMESPACES, NODES, PODS, SERVICES, Kind
+from podwire.lab.api import selectors
+from podwire.lab.api.kinds import DEPLOYMENTS, NAMESPACES, NODES, PODS, REPLICA_SETS, SERVICES, Kind
 
 Object = dict[str, Any]
 Row = list[Any]
@@ -97,13 +98,64 @@ def _pod_status(pod: Object) -> str:
     status = pod.get("status") or {}
     if "deletionTimestamp" in pod["metadata"]:
         return "Terminating"
-    for container in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
+    waits = _init_status(pod)
+    if waits:
+        return waits
+    for container in status.get("containerStatuses") or ():
         for state in ("waiting", "terminated"):
             reason = ((container.get("state") or {}).get(state) or {}).get("reason")
             if reason and reason != "Completed":
                 return str(reason)
     phase = status.get("reason") or status.get("phase") or "Unknown"
     return "Completed" if phase == "Succeeded" else str(phase)
+
+
+def _init_status(pod: Object) -> str:
+    """What stands there while init containers run: Init:1/2, or Init: and a reason. Empty when all are done."""
+    status = pod.get("status") or {}
+    statuses = status.get("initContainerStatuses") or []
+    specs = {one.get("name"): one for one in pod["spec"].get("initContainers") or ()}
+    for done, container in enumerate(statuses):
+        state = container.get("state") or {}
+        if (state.get("terminated") or {"exitCode": 1}).get("exitCode") == 0:
+            continue
+        beside = (specs.get(container.get("name")) or {}).get("restartPolicy") == "Always"
+        if beside and container.get("started"):
+            continue
+        for word in ("terminated", "waiting"):
+            reason = (state.get(word) or {}).get("reason")
+            if reason and reason not in ("PodInitializing", "ContainerCreating"):
+                return f"Init:{reason}"
+        return f"Init:{done}/{len(specs)}" if "nodeName" in pod["spec"] else ""
+    return ""
+
+
+def _workload_texts(obj: Object) -> list[str]:
+    """Containers, images and selector, for `-o wide`."""
+    spec = obj.get("spec") or {}
+    containers = ((spec.get("template") or {}).get("spec") or {}).get("containers") or []
+    selector = selectors.to_text(selectors.from_object(spec.get("selector")))
+    names, images = (",".join(str(one.get(key, "")) for one in containers) for key in ("name", "image"))
+    return [names, images, selector or "<none>"]
+
+
+def _deployment_cells(deployment: Object, now: float) -> Row:
+    status = deployment.get("status") or {}
+    wanted = (deployment.get("spec") or {}).get("replicas", 1)
+    return [
+        deployment["metadata"]["name"], f"{status.get('readyReplicas', 0)}/{wanted}",
+        str(status.get("updatedReplicas", 0)), str(status.get("availableReplicas", 0)), _age(deployment, now),
+        *_workload_texts(deployment),
+    ]  # fmt: skip
+
+
+def _replica_set_cells(replica_set: Object, now: float) -> Row:
+    status = replica_set.get("status") or {}
+    counts = [(replica_set.get("spec") or {}).get("replicas", 1), status.get("replicas", 0)]
+    return [
+        replica_set["metadata"]["name"], *(str(count) for count in (*counts, status.get("readyReplicas", 0))),
+        _age(replica_set, now), *_workload_texts(replica_set),
+    ]  # fmt: skip
 
 
 def _node_cells(node: Object, now: float) -> Row:
@@ -162,4 +214,10 @@ _LAYOUTS: dict[tuple[str, str, str], _Layout] = {
     ),
     SERVICES.key: (_columns("Name,Type,Cluster-IP,External-IP,Port(s),Age", "Selector"), _service_cells),
     NAMESPACES.key: (_columns("Name,Status,Age"), _namespace_cells),
+    DEPLOYMENTS.key: (
+        _columns("Name,Ready,Up-to-date,Available,Age", "Containers,Images,Selector"), _deployment_cells
+    ),
+    REPLICA_SETS.key: (
+        _columns("Name,Desired,Current,Ready,Age", "Containers,Images,Selector"), _replica_set_cells
+    ),
 }  # fmt: skip
