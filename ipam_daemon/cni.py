@@ -26,7 +26,7 @@ from ipam_daemon.errors import (
     UnsupportedField,
     code_of,
 )
-from ipam_daemon.model import Address, Attachment, AttachmentKey, Network, PodRef
+from ipam_daemon.model import Address, Attachment, AttachmentKey, Network, PodRef, host_mac
 
 VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
 DEFAULT_ROUTE = {4: "0.0.0.0/0", 6: "::/0"}
@@ -85,32 +85,39 @@ class ValidAttachment(msgspec.Struct, frozen=True, kw_only=True, rename={"contai
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What `runtimeConfig` (capabilities `ips`, `mac`) or `args.cni` asks for (the specification's CONVENTIONS.md)."""
 
-    ips: tuple[str, ...] = ()
-    mac: str = ""
+    ips: tuple[str, ...] | None = None
+    mac: str | None = None
 
 
 class Args(msgspec.Struct, frozen=True, kw_only=True):
     """The `args` of a configuration, as far as they follow the conventions."""
 
-    cni: Request = Request()
+    cni: Request | None = None
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The keys of a network configuration that Podwire reads (section 1).
+    """The keys of a network configuration that Podwire reads (section 1). Null is as absent, as Go's plugins take it.
 
     `attachments` is what the Go library up to 1.2 calls `valid_attachments`.
     """
 
     name: str
     cni_version: str = msgspec.field(name="cniVersion", default="0.2.0")
-    dns: Dns = Dns()
+    dns: Dns | None = None
     previous: PreviousResult | None = msgspec.field(name="prevResult", default=None)
     valid_attachments: tuple[ValidAttachment, ...] | None = msgspec.field(
         name="cni.dev/valid-attachments", default=None
     )
     attachments: tuple[ValidAttachment, ...] | None = msgspec.field(name="cni.dev/attachments", default=None)
-    runtime: Request = msgspec.field(name="runtimeConfig", default=Request())
-    args: Args = Args()
+    runtime: Request | None = msgspec.field(name="runtimeConfig", default=None)
+    args: Args | None = None
+
+
+class LeastConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys that a DEL or STATUS needs. What else is ill-formed its ADD was refused for, and must not stop it."""
+
+    name: str
+    cni_version: str = msgspec.field(name="cniVersion", default="0.2.0")
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,7 +154,7 @@ def parse(*, command: str, container_id: str, netns: str, ifname: str, args: str
         raise InvalidEnvironment(f"CNI_COMMAND is {command!r}, expected one of {', '.join(COMMANDS)} or VERSION")
     if command in ("ADD", "CHECK", "DEL"):
         _check_environment(container_id, ifname, netns if command != "DEL" else None)
-    config = _parse_config(stdin)
+    config = _parse_config(command, stdin)
     if _order(config.cni_version) < _order(COMMANDS[command]):
         raise IncompatibleVersion(
             f"{command} needs cniVersion {COMMANDS[command]} or later, the configuration says {config.cni_version!r}"
@@ -186,9 +193,13 @@ def _check_environment(container_id: str, ifname: str, netns: str | None) -> Non
         raise InvalidEnvironment("; ".join(wrong))
 
 
-def _parse_config(stdin: bytes) -> NetworkConfig:
+def _parse_config(command: str, stdin: bytes) -> NetworkConfig:
     try:
-        config = msgspec.json.decode(stdin, type=NetworkConfig)
+        if command in ("DEL", "STATUS"):
+            least = msgspec.json.decode(stdin, type=LeastConfig)
+            config = NetworkConfig(name=least.name, cni_version=least.cni_version)
+        else:
+            config = msgspec.json.decode(stdin, type=NetworkConfig)
     except msgspec.ValidationError as error:
         raise InvalidConfig(f"network configuration: {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -229,15 +240,17 @@ def _pod(pairs: Mapping[str, str]) -> PodRef:
 
 def _wanted(config: NetworkConfig, pairs: Mapping[str, str]) -> Wanted:
     """What is asked for: `runtimeConfig` goes before `args.cni`, and that before CNI_ARGS, for each of the two."""
+    runtime = config.runtime or Request()
+    conventional = (config.args and config.args.cni) or Request()
     by_name = tuple(filter(None, pairs.get("IP", "").split(",")))
     ips = (
-        ("runtimeConfig.ips", config.runtime.ips),
-        ("args.cni.ips", config.args.cni.ips),
+        ("runtimeConfig.ips", runtime.ips),
+        ("args.cni.ips", conventional.ips),
         ("IP of CNI_ARGS", by_name),
     )
     macs = (
-        ("runtimeConfig.mac", config.runtime.mac),
-        ("args.cni.mac", config.args.cni.mac),
+        ("runtimeConfig.mac", runtime.mac),
+        ("args.cni.mac", conventional.mac),
         ("MAC of CNI_ARGS", pairs.get("MAC", "")),
     )
     where, chosen = next(((where, values) for where, values in ips if values), ("", ()))
@@ -288,15 +301,14 @@ def result(attachment: Attachment, gateways: Mapping[Network, Address], config: 
     plain: dict[str, Any] = {
         "cniVersion": version,
         "interfaces": [
-            {"name": attachment.host_ifname, **mtu},
+            {"name": attachment.host_ifname, "mac": host_mac(attachment.host_ifname), **mtu},
             {"name": attachment.key.ifname, "mac": attachment.mac, **mtu, "sandbox": attachment.netns},
         ],
         "ips": ips,
         "routes": routes,
     }
-    dns = msgspec.to_builtins(config.dns)
-    if dns:
-        plain["dns"] = dns
+    if config.dns and config.dns != Dns():
+        plain["dns"] = msgspec.to_builtins(config.dns)
     return msgspec.json.encode(plain) + b"\n"
 
 

@@ -12,6 +12,7 @@ Everything here is pure. Times are seconds since the epoch (float) unless a name
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 from abc import ABC
 from collections.abc import Callable, Iterator
@@ -148,6 +149,14 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True):
     state: AttachmentState = AttachmentState.ADDING
     created: float
     created_ns: int
+
+
+def host_mac(host_ifname: str) -> str:
+    """The locally administered MAC of the host's end of a wire, made from its name, so that it need not be read back.
+
+    Nothing is sent to it: the bridge has a MAC of its own. Its first bytes tell it from a pod's (plan.mac_of).
+    """
+    return ":".join(f"{byte:02x}" for byte in b"\x0a\x59" + hashlib.sha256(host_ifname.encode()).digest()[:4])
 
 
 # --- text -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import Any
 from pyroute2.netlink.exceptions import NetlinkError
 
 from ipam_daemon.errors import InterfaceExists, InvalidNetns, PlumbingFailed, TryAgainLater
-from ipam_daemon.model import Address, Attachment, Network
+from ipam_daemon.model import Address, Attachment, Network, host_mac
 from ipam_daemon.netlink import NetlinkThread, container, index_of, naming, tolerating
 from ipam_daemon.plan import BRIDGE, alias_of, attachment_of
 from podwire.netns import NetnsError, open_netns
@@ -86,6 +86,7 @@ class Wires:
                 ifname=attachment.host_ifname,
                 kind="veth",
                 mtu=attachment.mtu,
+                address=host_mac(attachment.host_ifname),
                 peer=peer,
                 master=bridge,
                 state=_UP,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ipam_daemon import cni
 from ipam_daemon.cni import Call, NetworkConfig
 from ipam_daemon.errors import CniError, Exhausted, PlumbingFailed, TryAgainLater
-from ipam_daemon.model import Attachment, AttachmentKey, PodRef
+from ipam_daemon.model import Attachment, AttachmentKey, PodRef, host_mac
 from podwire.errors import PodwireError, TryAgain
 
 CONFIG: dict[str, Any] = {"cniVersion": "1.1.0", "name": "podnet", "type": "podwire"}
@@ -44,7 +44,7 @@ def test_an_add_as_a_runtime_sends_it() -> None:
     )
     assert call.key == AttachmentKey("podnet", "c1", "eth0")
     assert call.pod == PodRef(namespace="default", name="web-0", uid="u1")
-    assert call.config.dns.nameservers == ("10.96.0.10",)
+    assert call.config.dns == cni.Dns(nameservers=("10.96.0.10",), search=("a.b",))
     assert (call.netns, call.issued_ns) == ("/run/netns/c1", 7)
 
 
@@ -125,6 +125,16 @@ FINE: dict[str, dict[str, Any]] = {
     },
     "a DEL without a namespace": {"command": "DEL", "netns": ""},
     "a DEL with arguments that an ADD would refuse": {"command": "DEL", "args": "IP=10.244.1.9;COLOUR=blue;nonsense"},
+    "a DEL whose ADD was refused for what it asked": {
+        "command": "DEL",
+        "config": with_keys(runtimeConfig={"ips": 5, "mac": []}, args="blue", dns=7, prevResult={"ips": [{}]}),
+    },
+    "nothing, said by null": {
+        "config": with_keys(dns=None, prevResult=None, runtimeConfig=None, args={"cni": None}),
+    },
+    "nothing wished, said by null": {
+        "config": with_keys(runtimeConfig={"ips": None, "mac": None}, args={"cni": {"ips": None}}),
+    },
     "a GC without container": {"command": "GC", "container_id": "", "ifname": "", "netns": ""},
     "a STATUS without container": {"command": "STATUS", "container_id": "", "ifname": "", "netns": ""},
     "0.3.1": {"config": with_keys(cniVersion="0.3.1")},
@@ -215,7 +225,7 @@ def test_a_result_in_the_shape_of_its_version(version: str) -> None:
     assert result(version) == {
         "cniVersion": version,
         "interfaces": [
-            {"name": "pw0123456789ab", **mtu},
+            {"name": "pw0123456789ab", "mac": host_mac("pw0123456789ab"), **mtu},
             {"name": "eth0", "mac": "0a:58:0a:f4:01:03", "sandbox": "/run/netns/c1", **mtu},
         ],
         "ips": [
