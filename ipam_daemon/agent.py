@@ -17,24 +17,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
 
 import msgspec
 
 import podwire
 from ipam_daemon.attachments import Attachments
+from ipam_daemon.blocks import BlockKeeper
 from ipam_daemon.devices import Devices
 from ipam_daemon.errors import CniError, TryAgainLater
 from ipam_daemon.firewall import Firewall
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
-from ipam_daemon.model import Address, Block, ClusterConfig, NodeRecord
+from ipam_daemon.model import Address, Block, ClusterConfig, NodeRecord, Pool
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.peers import Peers
 from ipam_daemon.plan import NodePlan, plan_node, plan_record
 from ipam_daemon.registry import PoolExhausted, Registry
 from ipam_daemon.settings import Settings
+from ipam_daemon.supply import available
 from ipam_daemon.wires import Wires
 from podwire.errors import TryAgain
 
@@ -74,8 +76,20 @@ class Agent:
         self._addresses: tuple[Address, ...] = settings.node_addresses
         self._generation = 1
         self._records: Mapping[str, NodeRecord] | None = None
+        self._blocks: tuple[Block, ...] = ()
+        self._converging = asyncio.Lock()
         self._changed = asyncio.Event()
         self._entered = asyncio.Event()
+        self.keeper = BlockKeeper(
+            registry=registry,
+            attachments=attachments,
+            claim=self._claim_block,
+            use=self._use_blocks,
+            limit=settings.max_blocks,
+            idle_s=settings.block_idle,
+        )
+        """Claims and returns blocks."""
+        attachments.more = self.keeper.more
         self.plan: NodePlan | None = None
         """What the kernel was last brought to, None before the first time."""
 
@@ -90,8 +104,11 @@ class Agent:
         if not self._attachments.mtu:
             return [f"the node's data path is not set up yet: {self._attachments.waiting_for}"]
         uses = self._attachments.allocator.use(time.time())
-        if not any(use.free + use.cooling for use in uses):
-            return [f"no address is free in {', '.join(str(use.block.cidr) for use in uses)}"]
+        if not available(uses):
+            blocks = ", ".join(str(use.block.cidr) for use in uses)
+            return [
+                f"no address is free in {blocks}, and no block can be claimed: {self.keeper.obstacle or 'maxBlocks'}"
+            ]
         return []
 
     @property
@@ -110,7 +127,8 @@ class Agent:
         """Takes up what the journal says, before any call is answered. Needs no etcd."""
         if self._journal.set_aside is not None:
             await self._rebuild()
-        self._attachments.use_blocks(self._journal.blocks())
+        self._blocks = self._journal.blocks()
+        self._attachments.use_blocks(self._blocks)
         undone = await self._attachments.resume()
         if undone:
             self._metrics.repairs.labels("unfinished-add").inc(undone)
@@ -157,7 +175,7 @@ class Agent:
         here, and meanwhile the kernel keeps what it has of the others."""
         log.error("etcd has lost this node's record; publishing it again, and keeping the routes to the other nodes")
         with suppress(TryAgain):
-            await self._registry.publish(self._record(self._attachments.allocator.blocks))
+            await self._registry.publish(self._record(self._blocks))
 
     async def hold_name(self) -> None:
         """Waits until the node's name went to another machine, and raises the NodeNameTaken that says so."""
@@ -174,14 +192,27 @@ class Agent:
         blocks = await self._own_blocks()
         for pool in self._config.pools:
             if not any(block.pool == pool.name for block in blocks):
-                blocks.append(await self._registry.claim_block(pool, settings.node, self._node_id, self._generation))
+                blocks.append(await self._claim_block(pool))
         self._journal.set_blocks(blocks)
+        self._blocks = tuple(blocks)
         self._attachments.use_blocks(blocks)
         if await self._attachments.fence():
             log.error("pods sit in a block that went to another node; they are cut off, and no pod is added")
         await self._registry.publish(self._record(tuple(blocks)))
+        self.keeper.begin(self._config, blocks)
         log.info("joined", extra={"fields": {"node": settings.node, "blocks": [str(b.cidr) for b in blocks]}})
         self._changed.set()
+
+    async def _claim_block(self, pool: Pool) -> Block:
+        return await self._registry.claim_block(pool, self._settings.node, self._node_id, self._generation)
+
+    async def _use_blocks(self, blocks: Sequence[Block]) -> None:
+        """Makes journal, peers and kernel say that these are the node's blocks; only then are new ones handed out."""
+        self._journal.set_blocks(blocks)
+        await self._registry.publish(self._record(tuple(blocks)))
+        self._blocks = tuple(blocks)
+        await self._converge(resync=False)
+        self._attachments.use_blocks(blocks)
 
     async def _own_blocks(self) -> list[Block]:
         """What etcd says, and what the journal says and etcd has lost. A block that went to another node is gone."""
@@ -236,8 +267,12 @@ class Agent:
                 resync = True
 
     async def _converge(self, resync: bool) -> None:
+        async with self._converging:
+            await self._bring_to_plan(resync)
+
+    async def _bring_to_plan(self, resync: bool) -> None:
         self._changed.clear()
-        blocks = self._attachments.allocator.blocks
+        blocks = self._blocks
         if not blocks:
             return
         await self._find_addresses()

@@ -20,7 +20,7 @@ import logging
 import sqlite3
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -28,7 +28,15 @@ import msgspec
 from ipam_daemon import cni
 from ipam_daemon.allocator import Allocator
 from ipam_daemon.cni import Call
-from ipam_daemon.errors import CheckFailed, CniError, DeletedMeanwhile, InterfaceExists, InvalidConfig, TryAgainLater
+from ipam_daemon.errors import (
+    CheckFailed,
+    CniError,
+    DeletedMeanwhile,
+    Exhausted,
+    InterfaceExists,
+    InvalidConfig,
+    TryAgainLater,
+)
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Address, Attachment, AttachmentKey, AttachmentState, Block, Interface, Network
@@ -39,6 +47,8 @@ from ipam_daemon.wires import Wires, WireState
 _TOMBSTONES = 4096
 _REAP_DELAY = 0.05  # seconds for more wires to join the group: deleting many costs as much as deleting one
 _REAP_RETRY = 1.0
+
+MoreAddresses = Callable[[Exhausted], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +78,10 @@ class Attachments:
         self._locks: dict[AttachmentKey, tuple[asyncio.Lock, int]] = {}
         self._tombstones: OrderedDict[AttachmentKey, int] = OrderedDict()
         self._to_reap = asyncio.Event()
+        self.allocated = asyncio.Event()
+        """Set after every allocation: somebody may want to look at what is left."""
+        self.more: MoreAddresses | None = None
+        """Waits until there may be addresses again, or raises a CniError that says why there will be none."""
         self.mtu = 0
         """The MTU of new pods in bytes; 0 while it is not known, and then no pod is added."""
         self.fenced = 0
@@ -99,6 +113,15 @@ class Attachments:
         self._gateways = gateways(self._allocator.blocks)
         self._to_reap.set()
 
+    def retire_block(self, block: Block) -> bool:
+        """Hands out no more addresses of a block in which none is in use. False when one is, and nothing changes."""
+        uses = {use.block.cidr: use for use in self._allocator.use(self._clock())}
+        use = uses.get(block.cidr)
+        if use is None or use.used or use.releasing or use.cooling:
+            return False
+        self.use_blocks([each for each in self._allocator.blocks if each.cidr != block.cidr])
+        return True
+
     # --- the commands
 
     async def add(self, call: Call) -> bytes:
@@ -111,7 +134,7 @@ class Attachments:
                 raise InterfaceExists(
                     f"{call.key} is attached already, with {', '.join(map(str, existing.addresses))}; DEL comes first"
                 )
-            attachment = self._intend(call)
+            attachment = await self._intend_patiently(call)
             try:
                 with self._metrics.phase("ADD", "wire"):
                     await self._thread.run(self._wires.attach, attachment, self._gateways)
@@ -268,10 +291,21 @@ class Attachments:
 
     # --- steps
 
+    async def _intend_patiently(self, call: Call) -> Attachment:
+        """Waits for another block when there is no address, as often as others were quicker to take what came."""
+        while True:
+            try:
+                return self._intend(call)
+            except Exhausted as shortage:
+                if self.more is None:
+                    raise
+                await self.more(shortage)
+
     def _intend(self, call: Call) -> Attachment:
         with self._metrics.phase("ADD", "allocate"):
             now = self._clock()
             addresses = self._allocator.allocate(now, call.wanted.addresses)
+        self.allocated.set()
         attachment = plan_attachment(call, addresses, self.mtu, now)
         try:
             with self._metrics.phase("ADD", "journal"):

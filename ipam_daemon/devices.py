@@ -45,6 +45,8 @@ class Devices:
                     br_nf_call_iptables=1,
                     br_nf_call_ip6tables=1,
                 )
+                # Until it has been set, a bridge's MTU follows its ports, and is another when the last one has gone.
+                self._thread.host.link("set", index=index_of(plan.name), mtu=plan.mtu)
             done.append(f"made bridge {plan.name}")
         index = index_of(plan.name)
         link = self._link(index)
@@ -55,6 +57,7 @@ class Devices:
                 self._thread.host.link("set", index=index, kind="bridge", br_nf_call_iptables=1, br_nf_call_ip6tables=1)
             done.append(f"set nf_call_iptables of {plan.name}")
         done += self._ensure_common(index, link, plan.mac, plan.mtu, plan.addresses)
+        done += self._remove_addresses(index, plan)
         self._ensure_sysctls(plan)
         return done
 
@@ -118,6 +121,19 @@ class Devices:
                         "add", index=index, address=str(interface.ip), prefixlen=interface.network.prefixlen
                     )
                 done.append(f"added {interface} to {name}")
+        return done
+
+    def _remove_addresses(self, index: int, plan: BridgePlan) -> list[str]:
+        """Gateways of blocks that were returned: the pods behind them are another node's."""
+        done = []
+        for each in self._thread.host.get_addr(index=index):
+            interface = ipaddress.ip_interface(f"{each.get('address')}/{each['prefixlen']}")
+            if interface not in plan.addresses and any(interface.ip in pool for pool in plan.pools):
+                with naming(f"address {interface} on {plan.name}"):
+                    self._thread.host.addr(
+                        "del", index=index, address=str(interface.ip), prefixlen=interface.network.prefixlen
+                    )
+                done.append(f"removed {interface} from {plan.name}")
         return done
 
     def _ensure_sysctls(self, plan: BridgePlan) -> None:

@@ -111,6 +111,7 @@ async def _run(chosen: Settings) -> None:
                     tasks.create_task(agent.follow_registry()),
                     tasks.create_task(agent.hold_name()),
                     tasks.create_task(agent.converge_forever()),
+                    tasks.create_task(agent.keeper.run_forever()),
                     tasks.create_task(attachments.reap_forever()),
                     tasks.create_task(queue.replay_forever()),
                     tasks.create_task(reconciler.run_forever(chosen.reconcile_interval)),

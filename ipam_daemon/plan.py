@@ -48,12 +48,14 @@ NEVER_MASQUERADED = (ipaddress.ip_network("224.0.0.0/4"), ipaddress.ip_network("
 
 
 class BridgePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """The bridge of this node. `addresses` are the gateways, with the prefix length of their blocks."""
+    """The bridge of this node. `addresses` are the gateways, with the prefix length of their blocks; others of `pools`
+    that it has are of blocks that are no longer this node's."""
 
     name: str
     mac: str
     mtu: int
     addresses: tuple[Interface, ...]
+    pools: tuple[Network, ...] = ()
 
 
 class VxlanPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,6 +131,7 @@ def plan_node(
             mac=mac_of(layouts[cidrs[0]].gateway),
             mtu=mtu,
             addresses=tuple(ipaddress.ip_interface(f"{layouts[cidr].gateway}/{cidr.prefixlen}") for cidr in cidrs),
+            pools=tuple(pool.cidr for pool in config.pools),
         ),
         vxlan=VxlanPlan(
             name=VXLAN,

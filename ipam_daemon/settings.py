@@ -29,6 +29,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     state_dir: str = "/var/lib/podwire"
     http_listen: str = "127.0.0.1:9817"
     log_level: str = "info"
+    max_blocks: int = 16
+    block_idle: float = 60.0
     cooldown: float = 30.0
     reconcile_interval: float = 30.0
 
@@ -70,6 +72,10 @@ def _first_wrong(settings: Settings) -> str:
         return f"mtu is {settings.mtu}, expected 576 to 65535, or 0 to follow the underlay"
     if settings.log_level not in ("debug", "info", "warning", "error"):
         return f"logLevel is {settings.log_level!r}, expected debug, info, warning or error"
+    if settings.max_blocks < 1:
+        return f"maxBlocks is {settings.max_blocks}, expected 1 or more"
+    if not settings.block_idle >= 0:
+        return f"blockIdle is {settings.block_idle}, expected seconds, 0 or more"
     if not settings.cooldown >= 0:  # NaN is neither
         return f"cooldown is {settings.cooldown}, expected seconds, 0 or more"
     if not settings.reconcile_interval > 0:

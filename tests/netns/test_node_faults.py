@@ -245,16 +245,17 @@ def test_a_full_pool_says_so_and_recovers() -> None:
     state = LabState(name=f"full-{uuid4().hex[:6]}", nodes=plan_nodes(1), pod_cidr="10.250.0.0/28")
     try:
         lab = cluster.up(state)
-        with containers(lab, "node1", "full", 6) as boxes:
+        with containers(lab, "node1", "full", 10) as boxes:
             added = [each.call("ADD") for each in boxes]
-            assert [answer.error for answer in added] == [0, 0, 0, 0, 100, 100]
-            assert "pool default" in added[4].body["msg"]
-            assert "4 used, 0 releasing, 0 cooling, 4 reserved" in added[4].body["msg"]
-            assert boxes[4].call("STATUS").error == 50
-            assert "eth0" not in boxes[4].links()
+            assert [answer.error for answer in added] == [0] * 8 + [100] * 2
+            assert "pool default" in added[8].body["msg"]
+            assert "8 used, 0 releasing, 0 cooling, 8 reserved" in added[8].body["msg"]
+            assert "no free block" in added[8].body["msg"]
+            assert boxes[8].call("STATUS").error == 50
+            assert "eth0" not in boxes[8].links()
             boxes[0].call("DEL")
-            wait(lambda: boxes[4].call("STATUS").code == 0, "the address to be seen free")
-            again = boxes[4].call("ADD")
+            wait(lambda: boxes[8].call("STATUS").code == 0, "the address to be seen free")
+            again = boxes[8].call("ADD")
             assert again.address == added[0].address, "one that cools is used before none is"
             at_once([partial(each.call, "DEL") for each in boxes])
             wait(partial(nothing_is_held, lab, "node1"), "node1 to be empty")

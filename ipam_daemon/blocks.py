@@ -1,0 +1,152 @@
+"""The node's blocks: claimed before they run short, returned when they have long been empty (ipam_daemon/supply.py).
+
+    claim    etcd ─▶ journal ─▶ peers are told ─▶ the bridge has the gateway ─▶ addresses are handed out
+    return   addresses are no longer handed out ─▶ journal ─▶ peers are told ─▶ the bridge loses the gateway ─▶ etcd
+
+In both directions nobody has an address that the node does not hold, and no two nodes ever hold one block. An ADD that
+finds nothing free waits for a claim that is possible, briefly: with etcd away it gets "try again later" soon; when the
+pool has no block left, or the node may not have more, it gets the error that says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from ipam_daemon import supply
+from ipam_daemon.attachments import Attachments
+from ipam_daemon.errors import Exhausted, TryAgainLater
+from ipam_daemon.model import Block, ClusterConfig, Network, Pool
+from ipam_daemon.registry import PoolExhausted, Registry
+from ipam_daemon.supply import Claim, Return
+from podwire.errors import TryAgain
+
+_ROUND = 5.0  # seconds between two looks at whether a block can be returned
+_PATIENCE = 2.0  # seconds that an ADD waits for a claim
+
+log = logging.getLogger(__name__)
+
+UseBlocks = Callable[[Sequence[Block]], Awaitable[None]]
+ClaimBlock = Callable[[Pool], Awaitable[Block]]
+
+
+class BlockKeeper:
+    """Keeps the node supplied with addresses, once it has joined."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        attachments: Attachments,
+        claim: ClaimBlock,
+        use: UseBlocks,
+        limit: int,
+        idle_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`claim` claims a block for this node; `use` makes journal, peers and kernel say that these are the node's
+        blocks; `limit` is the most blocks of a pool; `idle_s` is how long a block must be empty to be returned."""
+        self._registry = registry
+        self._attachments = attachments
+        self._claim = claim
+        self._use = use
+        self._limit = limit
+        self._idle_s = idle_s
+        self._clock = clock
+        self._config = ClusterConfig()
+        self._owned: list[Block] = []
+        self._settled = True  # whether journal, peers and kernel say what `_owned` says
+        self._to_release: list[Block] = []
+        self._joined = asyncio.Event()
+        self._lock = asyncio.Lock()
+        self._empty_since: dict[str, dict[Network, float]] = {}  # by pool
+        self.obstacle = ""
+        """Why the last claim failed; empty when none has."""
+
+    def begin(self, config: ClusterConfig, owned: Sequence[Block]) -> None:
+        """The node has joined and has these blocks: from now on more can be claimed, and some returned."""
+        self._config = config
+        self._owned = list(owned)
+        self._joined.set()
+
+    async def run_forever(self) -> None:
+        """Looks at the supply after every allocation, and now and then, until cancelled."""
+        await self._joined.wait()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._attachments.allocated.wait(), _ROUND)
+            self._attachments.allocated.clear()
+            try:
+                async with self._lock:
+                    await self._round()
+            except (TryAgain, PoolExhausted) as error:
+                await self._trouble(error)
+
+    async def more(self, shortage: Exhausted) -> None:
+        """Returns when it is worth another try. Raises TryAgainLater when that takes longer than an ADD may wait,
+        Exhausted when there will be no address."""
+        if not self._joined.is_set():
+            raise TryAgainLater(f"{shortage}; this node has not joined the cluster yet, and so cannot claim a block")
+        try:
+            await asyncio.wait_for(self._claim_for_add(), _PATIENCE)
+        except PoolExhausted as error:
+            raise Exhausted(f"{shortage}; {error}") from error
+        except (TimeoutError, TryAgain) as error:
+            self.obstacle = str(error) or f"no answer within {_PATIENCE:g} s"
+            raise TryAgainLater(f"{shortage}; claiming another block: {self.obstacle}") from error
+        if len(self._owned) >= self._limit * len(self._config.pools) and not self._available():
+            raise Exhausted(f"{shortage}; this node may have {self._limit} blocks of a pool at the most (maxBlocks)")
+
+    def _available(self) -> int:
+        return supply.available(self._attachments.allocator.use(time.time()))
+
+    async def _claim_for_add(self) -> None:
+        async with self._lock:  # whoever waited here finds what the one before has claimed
+            await self._round()
+
+    async def _round(self) -> None:
+        await self._settle()
+        for pool in self._config.pools:
+            while await self._step(pool):
+                await self._settle()
+        self.obstacle = ""
+
+    async def _step(self, pool: Pool) -> bool:
+        """Claims or returns one block, if that is due. True when it did."""
+        uses = [each for each in self._attachments.allocator.use(time.time()) if each.block.pool == pool.name]
+        now = self._clock()
+        former = self._empty_since.get(pool.name, {})
+        since = {use.block.cidr: former.get(use.block.cidr, now) for use in uses if supply.is_empty(use)}
+        self._empty_since[pool.name] = since
+        decision = supply.decide(pool, uses, since, now, limit=self._limit, idle_s=self._idle_s)
+        if isinstance(decision, Claim):
+            block = await self._claim(pool)
+            self._owned.append(block)
+            log.info("claimed another block", extra={"fields": {"block": str(block.cidr), "pool": pool.name}})
+        elif isinstance(decision, Return) and self._attachments.retire_block(decision.block):
+            self._owned = [each for each in self._owned if each.cidr != decision.block.cidr]
+            self._to_release.append(decision.block)
+        else:
+            return False
+        self._settled = False
+        return True
+
+    async def _settle(self) -> None:
+        """Finishes what etcd's absence has interrupted."""
+        if not self._settled:
+            await self._use(self._owned)
+            self._settled = True
+        while self._to_release:
+            block = self._to_release[0]
+            await self._registry.release_block(block)
+            self._to_release.pop(0)
+            log.info("returned a block", extra={"fields": {"block": str(block.cidr), "pool": block.pool}})
+
+    async def _trouble(self, error: Exception) -> None:
+        if str(error) != self.obstacle:
+            log.warning("this node's supply of addresses: %s", error)
+        self.obstacle = str(error)
+        await asyncio.sleep(_ROUND / 5)

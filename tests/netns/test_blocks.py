@@ -1,0 +1,117 @@
+"""More blocks than one: claimed before they run short, returned when they have long been empty, never held twice."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from functools import partial
+from uuid import uuid4
+
+import pytest
+import yaml
+
+from podwire.lab import cluster, node, process
+from podwire.lab.state import LabState, plan_nodes
+from tests.netns.containers import at_once, containers, on_node, status
+
+PATIENCE = 30.0
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[LabState]:
+    """Two nodes that share sixteen blocks of four pods each, and return an empty one at once."""
+    state = LabState(name=f"blocks-{uuid4().hex[:6]}", nodes=plan_nodes(2), pod_cidr="10.250.0.0/25")
+    try:
+        lab = cluster.up(state)
+        for each in lab.nodes:
+            configure(lab, each.name, blockIdle=0, cooldown=0)
+        yield lab
+    finally:
+        cluster.down(state.name)
+
+
+def configure(lab: LabState, name: str, **changes: object) -> None:
+    """Restarts a node's daemon with other settings."""
+    file = lab.files.node_path(name, "/etc/podwire") / "ipamd.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | changes))
+    node.stop_daemon(lab, name)
+    node.start_daemon(lab, name)
+    node.wait_daemon(lab, name)
+
+
+def blocks(lab: LabState, name: str) -> set[str]:
+    return {block.cidr for block in status(lab, name).blocks}
+
+
+def test_a_node_claims_blocks_as_it_fills_and_returns_them_as_it_empties(lab: LabState) -> None:
+    with containers(lab, "node1", "grow", 20) as boxes, containers(lab, "node2", "peer", 1) as (peer,):
+        peer_address = peer.call("ADD").address
+        added = at_once([partial(each.call, "ADD") for each in boxes])
+        assert [answer.body for answer in added if answer.error] == []
+        held = blocks(lab, "node1")
+        addresses = {ipaddress.ip_address(answer.address) for answer in added}
+        assert len(addresses) == 20
+        assert len(held) >= 5
+        assert all(any(address in ipaddress.ip_network(cidr) for cidr in held) for address in addresses)
+        assert held.isdisjoint(blocks(lab, "node2"))
+        reached = at_once([partial(each.run, "ping", "-c2", "-W2", peer_address) for each in boxes])
+        assert [done.stdout for done in reached if done.returncode] == [], "peers know every block"
+        others = at_once(
+            [
+                partial(boxes[0].run, "ping", "-c1", "-W2", str(address))
+                for address in addresses - {ipaddress.ip_address(added[0].address)}
+            ]
+        )
+        assert [done.stdout for done in others if done.returncode] == [], "blocks of one node reach each other"
+        at_once([partial(each.call, "DEL") for each in (*boxes, peer)])
+    process.wait_for(lambda: len(blocks(lab, "node1")) == 1, PATIENCE, "the empty blocks to be returned")
+    (left,) = blocks(lab, "node1")
+    shown = on_node(lab, "node1", "ip", "-4", "-o", "address", "show", "pw0").stdout
+    assert [line.split()[3] for line in shown.splitlines()] == [str(ipaddress.ip_interface(f"{_first(left)}/29"))]
+    routes = on_node(lab, "node2", "ip", "route", "show", "proto", "80").stdout
+    assert [line.split()[0] for line in routes.splitlines()] == [left]
+
+
+def _first(cidr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_network(cidr)[1]
+
+
+def test_without_etcd_a_full_node_is_told_to_try_again_and_goes_on_when_it_is_back(lab: LabState) -> None:
+    with containers(lab, "node1", "away", 6) as boxes:
+        etcd = process.recorded(lab.files, cluster.ETCD)
+        assert etcd is not None
+        etcd.kill()
+        assert etcd.wait_gone(PATIENCE)
+        try:
+            added = [each.call("ADD") for each in boxes]
+            assert [answer.error for answer in added] == [0, 0, 0, 0, 11, 11]
+            assert "claiming another block" in added[4].body["msg"]
+        finally:
+            cluster.start_etcd(lab)
+        process.wait_for(lambda: boxes[4].call("ADD").error == 0, PATIENCE, "another block")
+        assert boxes[5].call("ADD").error == 0
+        at_once([partial(each.call, "DEL") for each in boxes])
+    process.wait_for(lambda: len(blocks(lab, "node1")) == 1, PATIENCE, "the empty blocks to be returned")
+
+
+def test_a_node_keeps_to_its_limit(lab: LabState) -> None:
+    configure(lab, "node2", maxBlocks=2)
+    with containers(lab, "node2", "limit", 10) as boxes:
+        added = [each.call("ADD") for each in boxes]
+        assert [answer.error for answer in added] == [0] * 8 + [100] * 2
+        assert "2 blocks of a pool at the most (maxBlocks)" in added[8].body["msg"]
+        at_once([partial(each.call, "DEL") for each in boxes])
+    configure(lab, "node2", maxBlocks=16)
+
+
+def test_a_restarted_daemon_knows_all_its_blocks_and_pods(lab: LabState) -> None:
+    with containers(lab, "node1", "again", 9) as boxes:
+        at_once([partial(each.call, "ADD") for each in boxes])
+        before = blocks(lab, "node1")
+        node.kill_daemon(lab, "node1")
+        node.start_daemon(lab, "node1")
+        node.wait_daemon(lab, "node1")
+        assert sum(block.used for block in status(lab, "node1").blocks) == 9
+        assert blocks(lab, "node1") >= before
+        at_once([partial(each.call, "DEL") for each in boxes])
+    process.wait_for(lambda: len(blocks(lab, "node1")) == 1, PATIENCE, "the empty blocks to be returned")
