@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -101,6 +102,19 @@ def test_a_deletion_is_queued_without_the_daemon(node: BareNode) -> None:
     (queued,) = node.queue.iterdir()
     assert b"c0ffee" in queued.read_bytes()
     queued.unlink()
+
+
+def test_a_bin_directory_that_is_mounted_alone_is_refused() -> None:
+    """What lies beside it would be the container's, and the node would have an executable without a runtime."""
+    with short_folder() as folder:
+        (folder / "bin").mkdir()
+        flags = f"--cni-bin-dir {folder}/bin --cni-conf-dir {folder}/net.d --host-cni-bin-dir /opt/cni/bin"
+        script = f"mount --bind {folder}/bin {folder}/bin && exec {sys.executable} -m podwire.cli.main install {flags}"
+        enter = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", script]
+        done = subprocess.run(enter, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "mount the node's /opt/cni instead" in done.stderr
+        assert sorted(path.name for path in folder.rglob("*")) == ["bin"]
 
 
 def test_nothing_is_left_after_uninstalling() -> None:
