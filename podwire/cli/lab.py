@@ -37,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made.add_argument("-n", "--namespace", default="default", metavar="NS")
     made.add_argument("-c", "--container", default="", metavar="CONTAINER")
     made.add_argument("words", nargs="+", metavar="-- CMD …")
+    made = verb("logs", "what a pod's container has written")
+    made.add_argument("pod", metavar="POD")
+    made.add_argument("-n", "--namespace", default="default", metavar="NS")
+    made.add_argument("-c", "--container", default="", metavar="CONTAINER")
+    made.add_argument("-f", "--follow", action="store_true", help="go on with what it writes from now on")
+    made.add_argument("-p", "--previous", action="store_true", help="of its run before the last restart")
     made = verb("node", "run a command on a node")
     made.add_argument("node", metavar="NAME")
     made.add_argument("words", nargs="+", metavar="-- CMD …")
@@ -67,7 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)  # so that an `up` that is asked to end cleans up
     names.check_lab_name(arguments.name)
     verbs: dict[str, Callable[[argparse.Namespace], int]] = {
-        "up": _up, "apply": _apply, "delete": _delete, "exec": _exec, "node": _node, "status": _status, "down": _down,
+        "up": _up, "apply": _apply, "delete": _delete, "exec": _exec, "logs": _logs, "node": _node, "status": _status,
+        "down": _down,
     }  # fmt: skip
     return verbs[arguments.verb](arguments)
 
@@ -86,6 +93,7 @@ def _up(arguments: argparse.Namespace) -> int:
     if objects:
         try:
             cluster.wait_ready(lab, cluster.apply(lab, objects, _say))
+            cluster.wait_rolled_out(lab, objects)
         except PodwireError as error:
             raise PodwireError(f"lab {lab.name} is up, but its manifests are not: {error}") from error
     _say(f"lab {lab.name} is up: export KUBECONFIG={lab.files.kubeconfig}")
@@ -137,6 +145,18 @@ def _delete(arguments: argparse.Namespace) -> int:
 def _exec(arguments: argparse.Namespace) -> int:
     lab = state.load(arguments.name)
     _become(lab, *cluster.exec_command(lab, arguments.namespace, arguments.pod, arguments.container), arguments.words)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    lab = state.load(arguments.name)
+    path = cluster.container_log(
+        lab, arguments.namespace, arguments.pod, arguments.container, previous=arguments.previous
+    )
+    if arguments.follow:
+        os.execvp("tail", ["tail", "--lines=+1", "--follow=name", "--quiet", str(path)])
+    sys.stdout.buffer.write(path.read_bytes())
+    sys.stdout.buffer.flush()
+    return 0
 
 
 def _node(arguments: argparse.Namespace) -> int:

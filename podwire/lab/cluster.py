@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,13 +21,15 @@ import msgspec
 from podwire.errors import PodwireError
 from podwire.lab import manifests, names, node, process, state, topology
 from podwire.lab.api.client import Client
-from podwire.lab.api.kinds import PODS
+from podwire.lab.api.kinds import CONFIG_MAPS, DEPLOYMENTS, PODS, REPLICA_SETS, SECRETS
 from podwire.lab.api.kubeconfig import kubeconfig
+from podwire.lab.deployments import is_rolled_out
 from podwire.lab.etcd import EtcdServer
 from podwire.lab.names import ETCD_PORT, LabFiles
-from podwire.lab.program import container_environment
+from podwire.lab.program import FindObject, container_environment
 from podwire.lab.state import LabState
-from podwire.lab.supervisor import ApiAddress
+from podwire.lab.supervisor import ApiAddress, find_log
+from podwire.lab.workloads import condition, is_controlled_by
 
 SUPERVISOR = "supervisor"
 ETCD = "etcd"
@@ -184,15 +187,31 @@ def apply(lab: LabState, objects: Sequence[Object], say: Say = lambda _: None) -
 
 
 def delete(lab: LabState, objects: Sequence[Object], say: Say = lambda _: None) -> list[PodName]:
-    """Deletes what the objects name, in reverse. Returns the names of the pods among them."""
+    """Deletes what the objects name, in reverse. Returns the names of the pods among them, and of the pods they own."""
     api, pods = client(lab), []
     for obj in reversed(manifests.apply_order(objects)):
+        pods += _owned_pods(api, obj)
         there = api.delete(obj)
         name = str(obj["metadata"]["name"])
         say(f"{obj['kind'].lower()}/{name} {'deleted' if there else 'was not there'}")
         if api.kind_of(obj) is PODS:
             pods.append((obj["metadata"].get("namespace") or "default", name))
     return pods
+
+
+def _owned_pods(api: Client, obj: Object) -> list[PodName]:
+    """The pods that go with a Deployment or a ReplicaSet."""
+    kind, namespace = api.kind_of(obj), str(obj["metadata"].get("namespace") or "default")
+    if kind not in (DEPLOYMENTS, REPLICA_SETS) or not obj["metadata"].get("name"):
+        return []
+    owner = api.find(kind, obj["metadata"]["name"], namespace)
+    if owner is None:
+        return []
+    owners = [owner]
+    if kind is DEPLOYMENTS:
+        owners += [one for one in api.list(REPLICA_SETS, namespace) if is_controlled_by(one, owner)]
+    found = api.list(PODS, namespace)
+    return [(namespace, pod["metadata"]["name"]) for pod in found if any(is_controlled_by(pod, one) for one in owners)]
 
 
 def client(lab: LabState) -> Client:
@@ -213,33 +232,96 @@ def exec_command(lab: LabState, namespace: str, name: str, container: str = "") 
     pod = client(lab).get(PODS, name, namespace)
     if pod.get("status", {}).get("phase") != "Running":
         raise PodwireError(f"pod {namespace}/{name} does not run: it {what_lacks(pod) or 'has ended'}")
-    known = {one["name"]: one for one in pod["spec"]["containers"]}
-    chosen = known.get(container or next(iter(known)))
-    if chosen is None:
-        raise PodwireError(f"pod {namespace}/{name} has no container {container!r}; it has {', '.join(known)}")
+    chosen = _container(pod, container, pod["spec"]["containers"])
     netns = None if pod["spec"].get("hostNetwork") else lab.pod_netns(namespace, name)
     addresses = [entry["ip"] for entry in pod["status"].get("podIPs", [])]
-    return node.enter_command(lab, pod["spec"]["nodeName"], netns), container_environment(pod, chosen, addresses)
+    find = _objects_of(client(lab), namespace)
+    return node.enter_command(lab, pod["spec"]["nodeName"], netns), container_environment(pod, chosen, addresses, find)
+
+
+def _container(pod: Object, name: str, among: Sequence[Object]) -> Object:
+    """The container of that name; without a name the first of the pod's. Raises PodwireError."""
+    chosen = name or pod["spec"]["containers"][0]["name"]
+    for one in among:
+        if one["name"] == chosen:
+            return one
+    metadata, known = pod["metadata"], ", ".join(one["name"] for one in among)
+    raise PodwireError(f"pod {metadata['namespace']}/{metadata['name']} has no container {name!r}; it has {known}")
+
+
+def _objects_of(api: Client, namespace: str) -> FindObject:
+    kinds = {"ConfigMap": CONFIG_MAPS, "Secret": SECRETS}
+    return lambda kind, name: api.find(kinds[kind], name, namespace)
+
+
+def container_log(lab: LabState, namespace: str, name: str, container: str = "", *, previous: bool = False) -> Path:
+    """The file with a container's output, or that of its run before the last restart.
+
+    Raises PodwireError when there is no such pod or container, or no such run.
+    """
+    pod = client(lab).get(PODS, name, namespace)
+    spec = pod["spec"]
+    chosen = _container(pod, container, [*spec["containers"], *(spec.get("initContainers") or ())])["name"]
+    path = find_log(lab, namespace, name, chosen, previous)
+    if not path.exists():
+        which = "has not been restarted" if previous else f"has not begun: the pod {what_lacks(pod) or 'has ended'}"
+        raise PodwireError(f"pod {namespace}/{name}: container {chosen} {which}")
+    return path
 
 
 def wait_ready(lab: LabState, wanted: Sequence[PodName], seconds: float = 60.0) -> None:
     """Waits until these pods are ready, or have succeeded. Raises PodwireError that says what each lacks."""
-    missing: dict[str, str] = {}
 
-    def all_ready() -> bool:
+    def lacking() -> dict[str, str]:
         found = {(pod["metadata"]["namespace"], pod["metadata"]["name"]): pod for pod in pods(lab)}
-        missing.clear()
-        for key in wanted:
-            lacks = what_lacks(found.get(key))
-            if lacks:
-                missing["/".join(key)] = lacks
-        return not missing
+        return {"/".join(key): what_lacks(found.get(key)) for key in wanted}
 
+    _wait_nothing_lacks(lab, lacking, seconds)
+
+
+def wait_rolled_out(lab: LabState, objects: Sequence[Object], seconds: float = 60.0) -> None:
+    """Waits until the Deployments and ReplicaSets among these have all their pods, ready and of the present template.
+
+    Raises PodwireError that says what each lacks.
+    """
+    api = client(lab)
+    wanted = [
+        (kind, str(obj["metadata"]["name"]), str(obj["metadata"].get("namespace") or "default"))
+        for obj in objects
+        if (kind := api.kind_of(obj)) in (DEPLOYMENTS, REPLICA_SETS) and obj["metadata"].get("name")
+    ]
+
+    def lacking() -> dict[str, str]:
+        found = {
+            f"{kind.kind.lower()} {space}/{name}": rollout_lacks(api.find(kind, name, space))
+            for kind, name, space in wanted
+        }
+        return found | ({} if not any(found.values()) else {
+            f"pod {pod['metadata']['namespace']}/{pod['metadata']['name']}": what_lacks(pod) for pod in pods(lab)
+        })  # fmt: skip
+
+    _wait_nothing_lacks(lab, lacking, seconds)
+
+
+def rollout_lacks(workload: Object | None) -> str:
+    """What a Deployment or a ReplicaSet lacks to have all its pods, in words; empty when it has them."""
+    if workload is None:
+        return "is not there"
+    status, replicas = workload.get("status") or {}, workload["spec"].get("replicas", 1)
+    if workload["kind"] == DEPLOYMENTS.kind and is_rolled_out(workload, status):
+        return ""
+    if workload["kind"] == REPLICA_SETS.kind and status.get("availableReplicas") == replicas == status.get("replicas"):
+        return ""
+    why = condition(workload, "Progressing").get("message", "") if workload["kind"] == DEPLOYMENTS.kind else ""
+    return f"has {status.get('availableReplicas', 0)} of {replicas} pods available{f'; {why}' if why else ''}"
+
+
+def _wait_nothing_lacks(lab: LabState, lacking: Callable[[], dict[str, str]], seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not all_ready():
+    while left := {what: lacks for what, lacks in lacking().items() if lacks}:
         _still_runs(lab, SUPERVISOR)
         if time.monotonic() > deadline:
-            lines = "".join(f"\n    {pod}: {lacks}" for pod, lacks in sorted(missing.items()))
+            lines = "".join(f"\n    {what}: {lacks}" for what, lacks in sorted(left.items()))
             raise PodwireError(f"waited {seconds:.0f} s for pods to run:{lines}")
         time.sleep(0.05)
 
@@ -254,12 +336,14 @@ def what_lacks(pod: Object | None) -> str:
         return ""
     if not pod["spec"].get("nodeName"):
         return "is on no node"
+    statuses = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
     waiting = [
         f"container {one['name']}: {', '.join(str(v) for v in one['state'].get('waiting', {}).values())}"
-        for one in status.get("containerStatuses", [])
+        for one in statuses
         if "waiting" in one.get("state", {})
     ]
-    return str(status.get("message") or "; ".join(waiting) or f"is {status.get('phase', 'Pending')}")
+    unready = [f"container {one['name']} is not ready" for one in statuses if "running" in one["state"]]
+    return str(status.get("message") or "; ".join(waiting or unready) or f"is {status.get('phase', 'Pending')}")
 
 
 def wait_deleted(lab: LabState, gone: Sequence[PodName], seconds: float = 60.0) -> None:

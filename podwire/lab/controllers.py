@@ -21,7 +21,7 @@ from typing import Any
 from podwire.lab.api.errors import ApiError, Conflict, Gone, NotFound
 from podwire.lab.api.kinds import DEPLOYMENTS, PODS, REPLICA_SETS
 from podwire.lab.api.store import Store
-from podwire.lab.deployments import is_complete, plan_deployment
+from podwire.lab.deployments import is_rolled_out, plan_deployment
 from podwire.lab.events import record
 from podwire.lab.replicasets import plan_replica_set
 from podwire.lab.workloads import Action, Create, Delete, SetStatus, Update, is_going, plan_orphans
@@ -94,7 +94,7 @@ class Controllers:
 
     def _waits_for_time(self) -> bool:
         return any(
-            one["spec"].get("minReadySeconds") or not is_complete(one, one.get("status") or {})
+            one["spec"].get("minReadySeconds") or not is_rolled_out(one, one.get("status") or {})
             for one in (*self._store.list(DEPLOYMENTS), *self._store.list(REPLICA_SETS))
             if not is_going(one) and (one["kind"] == "Deployment" or one["spec"].get("minReadySeconds"))
         )

@@ -88,14 +88,14 @@ def plan_deployment(
 
 def template_hash(template: Mapping[str, Any]) -> str:
     """Ten letters that stand for a pod template."""
-    digest = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).digest()
+    digest = hashlib.sha256(json.dumps(_essence(template), sort_keys=True).encode()).digest()
     return "".join(_LETTERS[byte % len(_LETTERS)] for byte in digest[:10])
 
 
 def find_new(deployment: Object, owned: Sequence[Object]) -> Object | None:
     """The ReplicaSet of the Deployment's present template, or None."""
-    wanted = deployment["spec"]["template"]
-    return next((one for one in owned if _without_hash(one["spec"]["template"]) == wanted), None)
+    wanted = _essence(deployment["spec"]["template"])
+    return next((one for one in owned if _essence(one["spec"]["template"]) == wanted), None)
 
 
 def new_replica_set(deployment: Object, replicas: int, number: int) -> Object:
@@ -133,11 +133,12 @@ def revision(obj: Object) -> int:
     return int(text) if text.isdigit() else 0
 
 
-def _without_hash(template: Mapping[str, Any]) -> Object:
-    plain = copied(dict(template))
-    labels = plain.get("metadata", {}).get("labels", {})
-    labels.pop(HASH_LABEL, None)
-    return plain
+def _essence(value: Any) -> Any:
+    """A template by which it is compared: without the hash, and without the empty fields that typed clients write."""
+    if isinstance(value, Mapping):
+        inner = {key: _essence(item) for key, item in value.items() if key != HASH_LABEL}
+        return {key: item for key, item in inner.items() if item not in (None, {}, [])}
+    return [_essence(item) for item in value] if isinstance(value, list) else value
 
 
 def _outdated(deployment: Object, old: Sequence[Object]) -> list[Object]:
@@ -260,7 +261,7 @@ def _status(deployment: Object, new: Object | None, old: Sequence[Object], now: 
     return status | {"conditions": conditions}
 
 
-def is_complete(deployment: Object, status: Mapping[str, Any]) -> bool:
+def is_rolled_out(deployment: Object, status: Mapping[str, Any]) -> bool:
     """Whether all pods are of the present template and available, and no others are left."""
     replicas = int(deployment["spec"].get("replicas", 1))
     counts = (status.get("updatedReplicas", 0), status.get("replicas", 0), status.get("availableReplicas", 0))
@@ -282,7 +283,7 @@ def _progress(deployment: Object, new: Object | None, status: Object, now: float
     if deployment["spec"].get("paused"):
         return [_condition(deployment, "Progressing", "Unknown", "DeploymentPaused", "Deployment is paused", now)]
     name = new["metadata"]["name"] if new else ""
-    if new is not None and is_complete(deployment, status):
+    if new is not None and is_rolled_out(deployment, status):
         text = f'ReplicaSet "{name}" has successfully progressed.'
         return [_condition(deployment, "Progressing", "True", "NewReplicaSetAvailable", text, now)]
     before = deployment.get("status") or {}

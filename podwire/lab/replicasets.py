@@ -3,8 +3,8 @@
     pods that it controls ─▶ too few: make more      too many: delete those that are missed least      ─▶ status
 
 A pod that does not count (workloads.is_active) is not replaced in place: a new one is made, with a new name, and so
-with a new address. A pod whose labels no longer match is let go, and lives on by itself. Unlike Kubernetes, a pod without
-an owner is never adopted: what somebody made by hand stays his.
+with a new address. A pod whose labels no longer match is let go, and lives on by itself. Unlike Kubernetes, a pod
+without an owner is never adopted: what somebody made by hand stays his.
 
 Source: k8s.io/kubernetes pkg/controller/replicaset, and the order of `ActivePods` in pkg/controller.
 """

@@ -10,8 +10,8 @@ import pytest
 from podwire.errors import PodwireError
 from podwire.lab import names
 from podwire.lab.cni import Attachment, NetworkList, plugin_config, plugin_environment
-from podwire.lab.program import expand, plan_program
 from podwire.lab.node import block_size
+from podwire.lab.program import expand, plan_program
 from podwire.lab.scheduler import choose_node
 from podwire.lab.state import LabState, plan_nodes
 from podwire.lab.topology import plan_hosts, plan_underlay

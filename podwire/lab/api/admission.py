@@ -34,6 +34,7 @@ NAME_RULES: dict[str, tuple[re.Pattern[str], int, str]] = {
 }  # fmt: skip
 _LABEL_KEY = re.compile(rf"({_LABEL}(\.{_LABEL})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
 _LABEL_VALUE = re.compile("([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+_PROBE_DEFAULTS = {"timeoutSeconds": 1, "periodSeconds": 10, "successThreshold": 1, "failureThreshold": 3}
 _PERCENT = re.compile("[0-9]+%")
 _PROTOCOLS = ("TCP", "UDP", "SCTP")
 _SERVER_OWNED = ("uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "generation", "name",
@@ -156,10 +157,22 @@ def _default_pod_spec(spec: Any) -> None:
     spec.setdefault("schedulerName", "default-scheduler")
     spec.setdefault("serviceAccountName", "default")
     for _, container in _containers(spec):
+        for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
+            _default_probe(container.get(kind))
         for port in _dicts(container.get("ports")):
             port.setdefault("protocol", "TCP")
             if spec.get("hostNetwork") and "containerPort" in port:
                 port.setdefault("hostPort", port["containerPort"])
+
+
+def _default_probe(probe: Any) -> None:
+    if not isinstance(probe, dict):
+        return
+    for field, value in _PROBE_DEFAULTS.items():
+        probe[field] = probe.get(field) or value
+    if isinstance(probe.get("httpGet"), dict):
+        probe["httpGet"].setdefault("path", "/")
+        probe["httpGet"].setdefault("scheme", "HTTP")
 
 
 def _default_replica_set(replica_set: Object) -> None:
