@@ -21,7 +21,9 @@ REQUIRED = {
 IFNAMSIZ = 16  # with the terminating zero: linux/if.h
 
 _ALNUM = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-_WHITESPACE = b" \t\n\r\v\f"
+# The kernel takes the byte 0xa0 for a space as well (lib/ctype.c), within any letter of UTF-8; and it completes a name
+# with % to another one.
+_NOT_IN_IFNAME = b"/:% \t\n\r\v\f\xa0"
 
 
 class Environment:
@@ -83,7 +85,7 @@ def _wrong(environment: Environment) -> "list[str]":
     if environment.ifname and not well_formed_ifname(environment.ifname):
         found.append(
             f"CNI_IFNAME {_shown(environment.ifname)} must be 1 to {IFNAMSIZ - 1} bytes of UTF-8, not '.' or '..', "
-            "without '/', ':' and whitespace"
+            "without '/', ':', '%' and what the kernel takes for whitespace"
         )
     if environment.netns and environment.command in (b"ADD", b"CHECK") and environment.netns[:1] != b"/":
         found.append(f"CNI_NETNS {_shown(environment.netns)} must be an absolute path")
@@ -107,7 +109,7 @@ def well_formed_ifname(value: bytes) -> bool:
     return (
         0 < len(value) < IFNAMSIZ
         and value not in (b".", b"..")
-        and value.translate(None, b"/:" + _WHITESPACE) == value
+        and value.translate(None, _NOT_IN_IFNAME) == value
         and _is_utf8(value)
     )
 

@@ -32,7 +32,8 @@ VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
 DEFAULT_ROUTE = {4: "0.0.0.0/0", 6: "::/0"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\Z")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
-_IFNAME_FORBIDDEN = re.compile(r"[/:%\0\s]")  # the kernel completes a name with % to another one
+# In a name of an interface the kernel takes 0xa0 for a space (lib/ctype.c), and completes % to another name.
+_IFNAME_FORBIDDEN = re.compile(rb"[/:%\0 \t\n\r\v\f\xa0]")
 COMMANDS = {  # the version that brought each command (CNI 1.1.0, section 2)
     "ADD": "0.3.1",
     "DEL": "0.3.1",
@@ -185,7 +186,7 @@ def _check_environment(container_id: str, ifname: str, netns: str | None) -> Non
     wrong = []
     if not _NAME.match(container_id):
         wrong.append(f"CNI_CONTAINERID is {container_id!r}, expected [A-Za-z0-9][A-Za-z0-9_.-]*")
-    if not 1 <= len(ifname.encode()) <= 15 or ifname in (".", "..") or _IFNAME_FORBIDDEN.search(ifname):
+    if not 1 <= len(ifname.encode()) <= 15 or ifname in (".", "..") or _IFNAME_FORBIDDEN.search(ifname.encode()):
         wrong.append(f"CNI_IFNAME is {ifname!r}, expected 1 to 15 bytes without '/', ':', '%' or white space")
     if netns == "":
         wrong.append("CNI_NETNS is missing, expected the path of a network namespace")
@@ -257,7 +258,7 @@ def _wanted(config: NetworkConfig, pairs: Mapping[str, str]) -> Wanted:
     source, mac = next(((where, value) for where, value in macs if value), ("", ""))
     addresses = tuple(_wanted_address(where, text) for text in chosen)
     if len({address.version for address in addresses}) < len(addresses):
-        raise InvalidConfig(f"{where} asks for {', '.join(chosen)}, expected at most one address of a family")
+        raise _wish_error(where, f"{', '.join(chosen)}, expected at most one address of a family")
     return Wanted(addresses=addresses, mac=_wanted_mac(source, mac) if mac else "")
 
 
@@ -266,14 +267,20 @@ def _wanted_address(where: str, text: str) -> Address:
     try:
         return ipaddress.ip_interface(text).ip
     except ValueError as error:
-        raise InvalidConfig(f"{where} asks for {text!r}, expected an address such as 10.244.1.7") from error
+        raise _wish_error(where, f"{text!r}, expected an address such as 10.244.1.7") from error
 
 
 def _wanted_mac(where: str, text: str) -> str:
     """A unicast MAC, in lower case with colons."""
     if not _MAC.fullmatch(text) or int(text[:2], 16) & 1 or not int(text.replace(":", ""), 16):
-        raise InvalidConfig(f"{where} asks for {text!r}, expected a unicast MAC such as 0a:58:0a:f4:01:07")
+        raise _wish_error(where, f"{text!r}, expected a unicast MAC such as 0a:58:0a:f4:01:07")
     return text.lower()
+
+
+def _wish_error(where: str, what: str) -> CniError:
+    """The configuration's fault, or that of the environment."""
+    kind = InvalidEnvironment if where.endswith("CNI_ARGS") else InvalidConfig
+    return kind(f"{where} asks for {what}")
 
 
 def _order(version: str) -> tuple[int, ...]:

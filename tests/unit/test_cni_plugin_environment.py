@@ -61,6 +61,12 @@ REFUSED: dict[str, tuple[bytes, Changes, list[str]]] = {
     "an interface that is a folder": (b"ADD", {b"CNI_IFNAME": b".."}, ["CNI_IFNAME"]),
     "an interface that is an alias": (b"ADD", {b"CNI_IFNAME": b"eth0:1"}, ["CNI_IFNAME"]),
     "an interface with white space": (b"DEL", {b"CNI_IFNAME": b"eth 0"}, ["CNI_IFNAME"]),
+    "an interface that the kernel would number": (b"ADD", {b"CNI_IFNAME": b"eth%d"}, ["CNI_IFNAME 'eth%d'"]),
+    "an interface with a byte that the kernel takes for white space": (
+        b"DEL",
+        {b"CNI_IFNAME": "à".encode()},
+        ["CNI_IFNAME 'à'"],
+    ),
     "a namespace that is not a path": (b"ADD", {b"CNI_NETNS": b"mine"}, ["CNI_NETNS 'mine' must be an absolute path"]),
     "a command that does not exist": (b"UPDATE", {}, ["ADD, DEL, CHECK, GC, STATUS, VERSION"]),
     "a command in small letters": (b"add", {}, ["the commands are"]),
@@ -109,7 +115,7 @@ def test_interface_names_are_those_of_the_kernel(value: bytes) -> None:
         utf8 = False
     else:
         utf8 = True
-    expected = utf8 and value not in (b".", b"..") and re.fullmatch(rb"[^/:\s]{1,15}", value) is not None
+    expected = utf8 and value not in (b".", b"..") and re.fullmatch(rb"[^/:%\s\xa0]{1,15}", value) is not None
     assert well_formed_ifname(value) == expected
 
 
