@@ -1,55 +1,61 @@
 """Calls and streams to whichever endpoint of the etcd cluster answers.
 
-    call ── connect ──▶ a line whose channel is READY ── the call itself ──▶ answer
-              │ refused, or no connection within 1 s          │ UNAVAILABLE, DEADLINE_EXCEEDED
-              └── next endpoint, each once ───────────────────┘
+    call ── connect ──▶ a line whose channel is READY ── login ──▶ token ── the call itself ──▶ answer
+              │ refused, or no connection within 1 s                            │
+              ├── next endpoint, each once ────────────── "no leader" ──────────┤ nothing was carried out
+              │                                           token refused: again ─┤
+              └── next endpoint: reads only ◀──────────── no answer ────────────┘ a write: EtcdUnavailable
 
 Connecting comes first and apart, because a write that never left may go to the next endpoint, while a write whose
 answer was lost may have been carried out: that one is not repeated but raised (EtcdUnavailable), and the caller reads.
 Reads are repeated. The endpoint that worked last is asked first the next time.
 
-gRPC reconnects a channel by itself, at most once a second; a call meets a channel without connection at once, so a
-server that is away costs the caller's own back-off and no loop. Dead peers are found by HTTP/2 pings (10 s + 5 s), a
-member without a leader by the `hasleader` metadata on streams, which makes etcd end them.
+Every call says `hasleader`: a member that has lost its quorum then refuses at once, before it does anything, and not
+after the 7 s that etcd gives a proposal. For the time of an election the call goes round; when no member has a leader
+by then, there is none. With several endpoints a read waits `TURN_S` for one: a member that is slower is left, with all
+that waits on it, for the next.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 
-from podwire.config import ConfigError
 from podwire.etcd import wire
 from podwire.etcd.backoff import Clock
-from podwire.etcd.errors import Compacted, EtcdError, EtcdUnavailable, SessionClosed
-from podwire.etcd.options import EtcdOptions, parse_endpoint
+from podwire.etcd.errors import (
+    AuthFailed,
+    Compacted,
+    EtcdError,
+    EtcdUnavailable,
+    NotCarriedOut,
+    SessionClosed,
+    TokenRefused,
+)
+from podwire.etcd.history import History
+from podwire.etcd.line import CONNECT_S, Line
+from podwire.etcd.login import Login, Token
+from podwire.etcd.options import EtcdOptions
 from podwire.etcd.records import Header
 
-CONNECT_S = 1.0
-_CHANNEL_OPTIONS = (
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", int(CONNECT_S * 1000)),  # gRPC takes it as the time to connect, too
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.keepalive_time_ms", 10_000),  # etcd's server refuses less than 5 s
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.use_local_subchannel_pool", 1),  # a session shares no connection, and no back-off, with another
-    ("grpc.enable_http_proxy", 0),
-)
-_READY = grpc.ChannelConnectivity.READY
+TURN_S = 2.0
+ELECTION_S = 2.5  # etcd's default: 1 s without a leader, and up to 2 s from then on
+_ELECTION_PAUSE_S = 0.1
+_LOGINS = 3  # a call: a user that is being changed gets several tokens in quick succession
+_CURRENT = ("Range", "Put", "DeleteRange", "Txn")  # their headers are never behind what was confirmed before
+_HAS_LEADER = (("hasleader", "true"),)
 _AWAY = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.INTERNAL,  # a write to a stream that breaks under it; etcd's own client tries again, too
 )
-_FAILED = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
+_NOTHING_DONE = ("etcdserver: no leader", "too many requests")
+_BAD_TOKEN = ("invalid auth token", "revision in header is old", "auth store is old")
 
 
 class Observer(Protocol):
@@ -72,30 +78,6 @@ class Silent:
         """Passed over."""
 
 
-class Line:
-    """One endpoint: its channel and the calls on it."""
-
-    def __init__(self, endpoint: str, options: EtcdOptions) -> None:
-        self.endpoint, secure = parse_endpoint(endpoint, options.tls)
-        if secure:
-            self.channel = grpc.aio.secure_channel(self.endpoint, _credentials(options), _CHANNEL_OPTIONS)
-        else:
-            self.channel = grpc.aio.insecure_channel(self.endpoint, _CHANNEL_OPTIONS)
-        self.methods: dict[str, Callable[..., Any]] = wire.methods(self.channel)
-
-    async def ready(self, within: float) -> bool:
-        """True as soon as there is a connection, False as soon as it is clear that there is none."""
-        try:
-            async with asyncio.timeout(within):
-                while (state := self.channel.get_state(try_to_connect=True)) is not _READY:
-                    if state in _FAILED:
-                        return False
-                    await self.channel.wait_for_state_change(state)
-        except TimeoutError:
-            return False
-        return True
-
-
 class Connection:
     """The endpoints of one cluster. Channels are made at the first call, inside the running loop."""
 
@@ -106,39 +88,76 @@ class Connection:
         self.connected = False
         self.last_error = ""
         self.header: Header | None = None
+        self.history = History()
         self._options = options
+        self._login = Login(options)
         self._lines: list[Line] = []
         self._current = 0
         self._closed = False
 
     async def call(self, method: str, request: wire.Message, *, repeatable: bool) -> wire.Message:
         """One unary call within `call_s` seconds. Raises EtcdUnavailable, EtcdError or one of its kinds."""
-        deadline = self.clock.now() + self.call_s
-        attempts = len(self._options.endpoints)
+        began = self.clock.now()
+        lost = refused = logins = 0
         while True:
             line = await self._connect(method)
-            attempts -= 1
-            started = self.clock.now()
+            left = began + self.call_s - self.clock.now()
+            last = not repeatable or lost + 1 >= len(self._lines)
+            token, started = Token(), self.clock.now()
             try:
-                async with _Translated(self):
-                    answer = await line.methods[method](request, timeout=max(0.05, deadline - started))
+                token = await self._token(line)
+                return await self._attempt(line, method, request, token, left if last else min(left, TURN_S))
+            except TokenRefused as error:
+                self._login.forget(token)
+                logins += 1
+                if not self._login.wanted or logins > _LOGINS:
+                    raise _refused_login(error, self._login.wanted) from error
+            except NotCarriedOut as error:
+                self._failed(line, method, str(error), started)
+                refused += 1
+                if self.clock.now() - began >= min(ELECTION_S, self.call_s):
+                    raise
+                if refused % len(self._lines) == 0:
+                    await self.clock.sleep(_ELECTION_PAUSE_S)
             except EtcdUnavailable as error:
                 self._failed(line, method, str(error), started)
-                if not repeatable or attempts <= 0 or self.clock.now() >= deadline:
+                lost += 1
+                if last or self.clock.now() - began >= self.call_s:
                     raise
-            except EtcdError as error:
-                self.observer.attempt(method, line.endpoint, error.code, self.clock.now() - started)
-                raise
-            else:
-                self.observer.attempt(method, line.endpoint, "ok", self.clock.now() - started)
-                self.heard(answer)
-                return answer
+
+    async def _attempt(
+        self, line: Line, method: str, request: wire.Message, token: Token, within: float
+    ) -> wire.Message:
+        """The call on one line. A line that does not answer in time is given up, if there are others."""
+        started, since = self.clock.now(), self.history.mark()
+        try:
+            async with _Translated(self):
+                answer = await line.methods[method](
+                    request, timeout=max(0.05, within), metadata=_metadata(method, token)
+                )
+        except EtcdUnavailable:
+            if len(self._lines) > 1 and self.clock.now() - started >= within:
+                line.give_up()
+            raise
+        except EtcdError as error:
+            self.observer.attempt(method, line.endpoint, error.code, self.clock.now() - started)
+            raise
+        self.observer.attempt(method, line.endpoint, "ok", self.clock.now() - started)
+        self.heard(answer)
+        self.history.heard(wire.header(answer), since, current=method in _CURRENT)
+        return answer
 
     async def stream(self, method: str) -> Stream:
-        """Opens a stream in both directions. Raises EtcdUnavailable."""
+        """Opens a stream in both directions. Raises EtcdUnavailable, AuthFailed."""
         line = await self._connect(method)
+        started = self.clock.now()
+        try:
+            token = await self._token(line)
+        except EtcdUnavailable as error:
+            self._failed(line, method, str(error), started)
+            raise
         self.observer.attempt(method, line.endpoint, "ok", 0.0)
-        return Stream(self, line, method)
+        return Stream(self, line, method, token)
 
     def heard(self, answer: wire.Message) -> None:
         """An answer has come: etcd is there, and its header says which and how far."""
@@ -146,31 +165,49 @@ class Connection:
         self.last_error = ""
         self.header = wire.header(answer)
 
+    def refused_token(self, token: Token) -> bool:
+        """A stream's token was refused. Whether opening it again may help, since that gets a new one."""
+        self._login.forget(token)
+        return self._login.wanted and not token.fresh
+
     async def close(self) -> None:
         """Closes every channel; calls under way end with SessionClosed."""
         self._closed = True
         self.connected = False
         lines, self._lines = self._lines, []
-        await asyncio.gather(*(line.channel.close() for line in lines))
+        await asyncio.gather(*(line.close() for line in lines))
 
     @property
     def closed(self) -> bool:
         return self._closed
 
     async def _connect(self, method: str) -> Line:
-        if self._closed:
-            raise SessionClosed("the session with etcd is closed")
-        if not self._lines:
+        if not self._lines and not self._closed:
             self._lines = [Line(endpoint, self._options) for endpoint in self._options.endpoints]
-        for _ in self._lines:
+        reasons = []
+        for _ in self._options.endpoints:
+            if self._closed:
+                raise SessionClosed("the session with etcd is closed")
             line = self._lines[self._current]
             started = self.clock.now()
             if await line.ready(CONNECT_S):
                 return line
-            if self._closed:
-                raise SessionClosed("the session with etcd is closed")
+            reason = await line.diagnose()
             self._failed(line, method, "no connection", started)
-        raise EtcdUnavailable(f"etcd cannot be reached at {', '.join(line.endpoint for line in self._lines)}")
+            self.last_error = f"{line.endpoint}: {reason or 'no connection'}"
+            reasons.append(f"{line.endpoint}: {reason}" if reason else line.endpoint)
+        if self._closed:
+            raise SessionClosed("the session with etcd is closed")
+        raise EtcdUnavailable(f"etcd cannot be reached at {', '.join(reasons)}")
+
+    async def _token(self, line: Line) -> Token:
+        async def ask(user: str, password: str) -> str:
+            request = wire.authenticate_request(user, password)
+            async with _Translated(self):
+                answer = await line.methods["Authenticate"](request, timeout=self.call_s, metadata=_HAS_LEADER)
+            return str(answer.token)
+
+        return await self._login.token(ask)
 
     def _failed(self, line: Line, method: str, why: str, started: float) -> None:
         self.connected = False
@@ -179,18 +216,22 @@ class Connection:
         if self._lines and self._lines[self._current] is line:  # else another call has turned already
             self._current = (self._current + 1) % len(self._lines)
 
-    def stream_failed(self, line: Line, method: str, why: str) -> None:
+    def stream_failed(self, line: Line, method: str, why: str, *, slow: bool = False) -> None:
+        if slow and len(self._lines) > 1:
+            line.give_up()
         self._failed(line, method, why, self.clock.now())
 
 
 class Stream:
     """A stream in both directions, as a context: leaving it cancels the call."""
 
-    def __init__(self, connection: Connection, line: Line, method: str) -> None:
+    def __init__(self, connection: Connection, line: Line, method: str, token: Token) -> None:
         self._connection = connection
         self._line = line
         self._method = method
-        self._call = line.methods[method](metadata=(("hasleader", "true"),))
+        self._token = token
+        self._since = connection.history.mark()
+        self._call = line.methods[method](metadata=_metadata(method, token))
 
     async def write(self, request: wire.Message) -> None:
         """Sends one request. Raises EtcdUnavailable when the stream is broken."""
@@ -203,14 +244,25 @@ class Stream:
             self._connection.stream_failed(self._line, self._method, "the stream ended")
             raise EtcdUnavailable(f"etcd at {self._line.endpoint} ended the stream")
         self._connection.heard(answer)
+        self._connection.history.heard(wire.header(answer), self._since, current=False)
         return answer
 
+    def refused(self, error: EtcdError) -> EtcdError | EtcdUnavailable:
+        """What to raise for `error`, which a token that has run out may have caused."""
+        if self._connection.refused_token(self._token):
+            return NotCarriedOut(str(error))
+        return error
+
     async def _guarded(self, step: Any, within: float | None) -> Any:
+        started = self._connection.clock.now()
         try:
             async with _Translated(self._connection), asyncio.timeout(within):
                 return await step
+        except TokenRefused as error:
+            raise self.refused(error) from error
         except EtcdUnavailable as error:
-            self._connection.stream_failed(self._line, self._method, str(error))
+            slow = within is not None and self._connection.clock.now() - started >= within
+            self._connection.stream_failed(self._line, self._method, str(error), slow=slow)
             raise
 
     async def __aenter__(self) -> Stream:
@@ -246,24 +298,34 @@ class _Translated:
             raise EtcdUnavailable("the stream to etcd is broken") from None
         if isinstance(error, asyncio.CancelledError):
             task = asyncio.current_task()
-            if self._connection.closed and not (task and task.cancelling()):
-                raise SessionClosed("the session with etcd was closed") from None
+            if not (task and task.cancelling()):
+                if self._connection.closed:
+                    raise SessionClosed("the session with etcd was closed") from None
+                raise EtcdUnavailable("the connection to this endpoint was given up") from None
+
+
+def _metadata(method: str, token: Token) -> tuple[tuple[str, str], ...]:
+    return (_HAS_LEADER if method != "Status" else ()) + token.metadata
 
 
 def _translate(error: grpc.aio.AioRpcError) -> EtcdError | EtcdUnavailable:
     code, details = error.code(), error.details() or ""
-    if code in _AWAY or "too many requests" in details:
+    if any(text in details for text in _NOTHING_DONE):
+        return NotCarriedOut(f"etcd cannot: {details}")
+    if code in _AWAY:
         return EtcdUnavailable(f"etcd does not answer: {code.name}: {details}")
     if code is grpc.StatusCode.OUT_OF_RANGE and "compacted" in details:
         return Compacted(details, code.name)
+    if any(text in details for text in (*_BAD_TOKEN, "user name is empty")):
+        return TokenRefused(f"etcd refuses: {code.name}: {details}", code.name)
     return EtcdError(f"etcd refuses: {code.name}: {details}", code.name)
 
 
-def _credentials(options: EtcdOptions) -> Any:
-    def pem(path: str) -> bytes | None:
-        try:
-            return Path(path).read_bytes() if path else None
-        except OSError as error:
-            raise ConfigError(f"etcd: {path}: cannot be read: {error.strerror}") from error
-
-    return grpc.ssl_channel_credentials(pem(options.ca), pem(options.key), pem(options.cert))
+def _refused_login(error: TokenRefused, wanted: bool) -> AuthFailed:
+    if wanted:
+        return AuthFailed(f"etcd gives a token and does not take it: {error}", error.code)
+    return AuthFailed(
+        f"etcd demands a user ({error}): set etcd.user and etcd.passwordFile, or a client certificate whose common "
+        f"name is a user of etcd",
+        error.code,
+    )

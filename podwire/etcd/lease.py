@@ -21,7 +21,8 @@ async def keep_alive(connection: Connection, lease: Lease) -> None:
     """Renews `lease` three times in its life, over any endpoint; returns when etcd says that it is gone.
 
     Only etcd's word counts. Its leases live on by a new full term when a leader is elected or the server comes back, so
-    that our own clock cannot tell: while etcd is away, renewal is tried again and again, with a back-off.
+    that our own clock cannot tell: while etcd is away, renewal is tried again and again, with a back-off. A member gets
+    a sixth of the life to answer, so that two that do not answer leave time for a third.
     """
     backoff = Backoff(most=lease.ttl / 3)
     while True:
@@ -29,7 +30,7 @@ async def keep_alive(connection: Connection, lease: Lease) -> None:
             async with await connection.stream("LeaseKeepAlive") as stream:
                 while True:
                     await stream.write(wire.keep_alive_request(lease.id))
-                    answer = await stream.read(within=max(1.0, lease.ttl / 3))
+                    answer = await stream.read(within=max(1.0, lease.ttl / 6))
                     if answer.TTL <= 0:
                         return
                     backoff.reset()

@@ -24,6 +24,14 @@ class Header(msgspec.Struct, frozen=True):
     revision: int
 
 
+class MemberStatus(msgspec.Struct, frozen=True):
+    """One member of the cluster. `leader` is 0 when it knows of none."""
+
+    member: int
+    leader: int
+    version: str
+
+
 class Item(msgspec.Struct, frozen=True):
     """A key with its value. `lease` is 0 without one; `mod_revision` is when it was last written."""
 

@@ -18,9 +18,21 @@ from podwire.etcd import wire
 from podwire.etcd.backoff import Clock, SystemClock
 from podwire.etcd.connection import Connection, Observer, Silent
 from podwire.etcd.errors import Compacted
+from podwire.etcd.history import History
 from podwire.etcd.lease import Lease
 from podwire.etcd.options import EtcdOptions
-from podwire.etcd.records import Changes, Compare, Header, Item, Listing, Operation, Put, Snapshot, TxnResult
+from podwire.etcd.records import (
+    Changes,
+    Compare,
+    Header,
+    Item,
+    Listing,
+    MemberStatus,
+    Operation,
+    Put,
+    Snapshot,
+    TxnResult,
+)
 
 PAGE = 1000  # keys a Range call; a page of node records is about 300 kB
 
@@ -68,9 +80,18 @@ class EtcdSession:
         return self._connection.header
 
     @property
+    def history(self) -> History:
+        """How far the store has come, and whether it was wiped or restored."""
+        return self._connection.history
+
+    @property
     def clock(self) -> Clock:
         """The clock that the session waits by."""
         return self._connection.clock
+
+    async def status(self) -> MemberStatus:
+        """Of the member that is asked first, as it sees itself, leader or not."""
+        return wire.member_status(await self._connection.call("Status", wire.status_request(), repeatable=True))
 
     # --- keys ------------------------------------------------------------------------------------------------
 

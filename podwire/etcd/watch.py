@@ -22,10 +22,11 @@ from contextlib import aclosing
 
 from podwire.etcd import wire
 from podwire.etcd.backoff import Backoff
-from podwire.etcd.connection import Connection
+from podwire.etcd.connection import Connection, Stream
 from podwire.etcd.errors import Compacted, EtcdError, EtcdUnavailable
 from podwire.etcd.records import Changes, Header, Listing, Snapshot
 
+_DENIED = ("permission denied", "auth token")
 _RESTARTS = ("no leader", "etcdserver: server stopped", "leader changed")
 
 
@@ -67,24 +68,26 @@ async def _follow(connection: Connection, prefix: str, known: Header) -> AsyncGe
     async with await connection.stream("Watch") as stream:
         await stream.write(wire.watch_request(prefix, known.revision + 1))
         created = await stream.read(within=connection.call_s)
-        _raise_if_canceled(created)
+        _raise_if_canceled(created, stream)
         if wire.header(created).cluster_id != known.cluster_id or created.header.revision < known.revision:
             raise Compacted(
                 f"etcd is at revision {created.header.revision}, not {known.revision}: restored or replaced"
             )
         while True:
             answer = await stream.read()
-            _raise_if_canceled(answer)
+            _raise_if_canceled(answer, stream)
             events = tuple(wire.event(message) for message in answer.events)
             last = answer.events[-1].kv.mod_revision if events else answer.header.revision
             yield Changes(events, last)
 
 
-def _raise_if_canceled(answer: wire.Message) -> None:
+def _raise_if_canceled(answer: wire.Message, stream: Stream) -> None:
     if answer.compact_revision:
         raise Compacted(f"etcd has compacted up to revision {answer.compact_revision}")
     if answer.canceled:
         reason = answer.cancel_reason or "no reason given"
         if any(text in reason for text in _RESTARTS):
             raise EtcdUnavailable(f"etcd ended the watch: {reason}")
-        raise EtcdError(f"etcd refuses the watch: {reason}", "CANCELED")
+        refused = EtcdError(f"etcd refuses the watch: {reason}", "CANCELED")
+        # etcd 3.4 says "permission denied" to a token that has run out, too.
+        raise stream.refused(refused) if any(text in reason for text in _DENIED) else refused

@@ -11,7 +11,20 @@ from typing import Any
 
 from pyetcd import etcdrpc as rpc
 
-from podwire.etcd.records import Compare, Delete, Deleted, Get, Header, Item, Operation, Put, Target, TxnResult, Written
+from podwire.etcd.records import (
+    Compare,
+    Delete,
+    Deleted,
+    Get,
+    Header,
+    Item,
+    MemberStatus,
+    Operation,
+    Put,
+    Target,
+    TxnResult,
+    Written,
+)
 
 Message = Any  # a protobuf message
 
@@ -22,6 +35,7 @@ _PUT = 0  # mvccpb.Event.EventType
 def methods(channel: Any) -> dict[str, Callable[..., Any]]:
     """The calls that the session makes, by etcd's name for them, on a channel."""
     kv, lease, watch = rpc.KVStub(channel), rpc.LeaseStub(channel), rpc.WatchStub(channel)
+    auth, maintenance = rpc.AuthStub(channel), rpc.MaintenanceStub(channel)
     return {
         "Range": kv.Range,
         "Put": kv.Put,
@@ -32,7 +46,17 @@ def methods(channel: Any) -> dict[str, Callable[..., Any]]:
         "LeaseRevoke": lease.LeaseRevoke,
         "LeaseKeepAlive": lease.LeaseKeepAlive,
         "Watch": watch.Watch,
+        "Authenticate": auth.Authenticate,
+        "Status": maintenance.Status,
     }
+
+
+def authenticate_request(user: str, password: str) -> Message:
+    return rpc.AuthenticateRequest(name=user, password=password)
+
+
+def status_request() -> Message:
+    return rpc.StatusRequest()
 
 
 def raw(key: str) -> bytes:
@@ -48,6 +72,10 @@ def after_prefix(prefix: str) -> bytes:
 
 def header(message: Message) -> Header:
     return Header(message.header.cluster_id, message.header.revision)
+
+
+def member_status(message: Message) -> MemberStatus:
+    return MemberStatus(message.header.member_id, message.leader, message.version)
 
 
 def item(pair: Message) -> Item:

@@ -101,12 +101,28 @@ def cable() -> type[Cable]:
     return Cable
 
 
+@pytest.fixture(scope="session")
+def _runner() -> Iterator[asyncio.Runner]:
+    """One event loop for all stories, as a daemon has one: grpc.aio loses events when a loop ends before its calls."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
 @pytest.fixture
-def run() -> Callable[[Coroutine[Any, Any, T]], T]:
-    """Runs a story to its end; one that hangs fails."""
+def run(_runner: asyncio.Runner) -> Callable[[Coroutine[Any, Any, T]], T]:
+    """Runs a story to its end, and what it left running too; one that hangs fails."""
+
+    async def whole(story: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await asyncio.wait_for(story, 30)
+        finally:
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
     def run_story(story: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run(asyncio.wait_for(story, 30))
+        return _runner.run(whole(story))
 
     return run_story
 

@@ -361,7 +361,9 @@ REFUSED = {
     "a port that is none": ("endpoints: ['etcd:http']", "is not an endpoint"),
     "certificates for plain http": ("{endpoints: ['http://etcd:2379'], ca: /ca.pem}", "use https"),
     "half a client certificate": ("{endpoints: ['etcd:2379'], cert: /c.pem}", "cert and key go together"),
-    "user and password": ("{user: root, password: x}", "not supported yet"),
+    "a user without a password": ("{user: node-1}", "user goes together with password"),
+    "a password without a user": ("{passwordFile: /etc/podwire/etcd-password}", "user goes together with password"),
+    "two passwords": ("{user: a, password: b, passwordFile: /c}", "one of them is enough"),
     "an unknown key": ("{endpoint: 'etcd:2379'}", "endpoint"),
 }
 
