@@ -7,7 +7,8 @@ duplicate address detection: the allocator gives an address once, and an IPv6 ad
 
 DEL kills the wire at once and deletes it later. Taking the link down and out of the bridge is 0.5 ms, and nothing
 passes it from then on; deleting a veth pair takes the kernel 20–35 ms of RCU grace periods, the same for one as for a
-group of twenty. So dead links are collected in a link group of our own and deleted by group, off the DEL path.
+group of twenty. So dead links are collected in a link group of our own and deleted by group, off the DEL path; on the
+path of an ADD only when the same namespace is used again before that.
 
 Every function here runs on the netlink thread.
 """
@@ -63,16 +64,24 @@ class Wires:
         except NetnsError as error:
             raise InvalidNetns(f"CNI_NETNS: {error}") from error
         try:
-            self._make_pair(attachment, netns)
             try:
-                self._configure_container(attachment, netns, gateways)
-                self._configure_port(attachment)
-                self._await_carrier(attachment.host_ifname)
-            except BaseException:
-                self.delete(attachment.host_ifname)
-                raise
+                self._make(attachment, netns, gateways)
+            except InterfaceExists:
+                if not self._delete_killed():
+                    raise
+                self._make(attachment, netns, gateways)  # a wire that DEL has killed was in the way
         finally:
             os.close(netns)
+
+    def _make(self, attachment: Attachment, netns: int, gateways: Mapping[Network, Address]) -> None:
+        self._make_pair(attachment, netns)
+        try:
+            self._configure_container(attachment, netns, gateways)
+            self._configure_port(attachment)
+            self._await_carrier(attachment.host_ifname)
+        except BaseException:
+            self.delete(attachment.host_ifname)
+            raise
 
     def _make_pair(self, attachment: Attachment, netns: int) -> None:
         bridge = index_of(self._bridge)
@@ -151,9 +160,19 @@ class Wires:
 
     def reap(self, host_ifnames: Iterable[str]) -> frozenset[str]:
         """Deletes all killed wires at once and returns those of `host_ifnames` that are seen gone."""
-        with naming("deleting killed wires"), tolerating(errno.ENODEV):
-            self._thread.host.link("del", group=DOOMED_GROUP)
+        self._delete_killed()
         return frozenset(name for name in host_ifnames if not index_of(name))
+
+    def _delete_killed(self) -> bool:
+        """Deletes all killed wires at once. False when there were none."""
+        with naming("deleting killed wires"):
+            try:
+                self._thread.host.link("del", group=DOOMED_GROUP)
+            except NetlinkError as error:
+                if error.code != errno.ENODEV:
+                    raise
+                return False
+        return True
 
     def delete(self, host_ifname: str) -> None:
         """Deletes a wire at once, pair and all. A wire that is gone is fine."""

@@ -151,6 +151,17 @@ def test_a_stray_argument_is_refused_unless_it_is_to_be_ignored(it: Contender, b
     it.delete(box, CNI_ARGS="IgnoreUnknown=1;COLOUR=blue;K8S_POD_NAME=web;K8S_POD_NAMESPACE=default")
 
 
+@rows()
+def test_a_container_can_be_added_again_at_once(it: Contender, box: Container) -> None:
+    """The wire of the DEL may still be on its way out."""
+    for _ in range(3):
+        result = it.add(box)
+        it.delete(box, it.config(prevResult=result))
+    again = it.add(box)
+    assert box.run("ping", "-n", "-c1", "-W2", again["ips"][0]["gateway"]).returncode == 0
+    it.delete(box)
+
+
 # --- ADD: what is asked for by name -------------------------------------------------------------------------------
 
 FIFTH = -3
