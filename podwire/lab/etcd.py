@@ -1,4 +1,4 @@
-"""An etcd process of our own: for the lab, where it is the cluster's store, and for tests.
+"""etcd processes of our own: for the lab, where it is the cluster's store, and for tests.
 
 Debian's etcd (3.4) is run as it is, on addresses and ports that are given or chosen, in a network namespace if the
 command prefix enters one. It serves when its log says so: the log is a file that can be read from anywhere, while a
@@ -11,6 +11,7 @@ kernel then ends it when the *thread* that started it ends; a lab whose clusters
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import socket
@@ -94,7 +95,7 @@ class EtcdServer:
             return
         for attempts_left in (2, 1, 0):
             if self._choose:
-                self.client_port, self.peer_port = self._free_ports()
+                self.client_port, self.peer_port = _free_ports(self._address, 2)
             self._spawn()
             if not wait:
                 break
@@ -125,9 +126,28 @@ class EtcdServer:
         """Ends etcd as a power cut would. Data and ports stay."""
         self._end(signal.SIGKILL)
 
+    def pause(self) -> None:
+        """The process stands still: connections stay, and nothing is answered."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Ends a pause."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+
     def wipe(self) -> None:
         """Forgets the data of a stopped etcd: the next start is a new cluster."""
         shutil.rmtree(self._data, ignore_errors=True)
+
+    def save(self, to: Path) -> None:
+        """Copies the data of a stopped etcd, as a backup, to a folder that is not there yet."""
+        shutil.copytree(self._data, to)
+
+    def restore(self, backup: Path) -> None:
+        """Puts the data of a `save` in the place of a stopped etcd's own."""
+        self.wipe()
+        shutil.copytree(backup, self._data)
 
     def __enter__(self) -> EtcdServer:
         self.start()
@@ -179,6 +199,7 @@ class EtcdServer:
         if process is None:
             return
         process.send_signal(how)  # does nothing to a process that has ended
+        process.send_signal(signal.SIGCONT)
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
@@ -191,9 +212,71 @@ class EtcdServer:
             log.seek(self._log_start)
             return log.read()
 
-    def _free_ports(self) -> tuple[int, int]:
-        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
-        with socket.socket(family) as one, socket.socket(family) as two:
-            one.bind((self._address, 0))
-            two.bind((self._address, 0))
-            return one.getsockname()[1], two.getsockname()[1]
+
+class EtcdCluster:
+    """Members on loopback that form one cluster, each a server that may be stopped, killed and paused by itself.
+
+    `options`, `tls` and `dies_with_parent` as for EtcdServer. Members are known to each other by ports that are chosen
+    at once; one that someone else takes before the start shows as EtcdFailed.
+    """
+
+    def __init__(
+        self, folder: Path, *, size: int = 3, options: Sequence[str] = (), tls: bool = False,
+        dies_with_parent: bool = False,
+    ) -> None:  # fmt: skip
+        ports = _free_ports("127.0.0.1", 2 * size)
+        names = [f"etcd{number}" for number in range(1, size + 1)]
+        members = {name: f"http://127.0.0.1:{port}" for name, port in zip(names, ports[:size], strict=True)}
+        self.members = tuple(
+            EtcdServer(
+                folder,
+                name=name,
+                client_port=ports[size + index],
+                peer_port=ports[index],
+                members=members,
+                options=options,
+                tls=tls,
+                dies_with_parent=dies_with_parent,
+            )
+            for index, name in enumerate(names)
+        )
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """The URLs of all members."""
+        return tuple(member.endpoint for member in self.members)
+
+    def start(self) -> None:
+        """Starts the members that do not run; returns when all serve. Raises EtcdFailed."""
+        for member in self.members:
+            member.start(wait=False)
+        for member in self.members:
+            member.wait_serving()
+
+    def stop(self) -> None:
+        """Ends every member. Most lose their quorum on the way down, and are killed rather than asked."""
+        for member in self.members:
+            member.kill()
+
+    def __enter__(self) -> EtcdCluster:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _free_ports(address: str, count: int) -> list[int]:
+    """Ports of `address` that nobody listens on, all different."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket(family)) for _ in range(count)]
+        for each in sockets:
+            each.bind((address, 0))
+        return [each.getsockname()[1] for each in sockets]

@@ -87,7 +87,8 @@ class Prober:
             await loop.sock_connect(opened, (host, action.port))
         except OSError as error:
             opened.close()
-            raise OSError(f"dial tcp {host}:{action.port}: {error.strerror or error}") from error
+            why = os.strerror(error.errno).lower() if error.errno else str(error)
+            raise OSError(f"dial tcp {host}:{action.port}: {why}") from error
         except asyncio.CancelledError:
             opened.close()
             raise

@@ -169,6 +169,13 @@ class Client:
         warnings = tuple(_warning(text) for text in response.headers.get_all("Warning") or ())
         return Answer(code=response.status, body=answer, warnings=warnings)
 
+    def text(self, where: str, *, query: Mapping[str, str] | None = None) -> str:
+        """What is at a path that answers with text, such as a log."""
+        response, data = self._send("GET", f"{where}?{urlencode(query or {})}", None, {})
+        if response.status >= HTTPStatus.BAD_REQUEST:
+            raise from_status(response.status, json.loads(data))
+        return data.decode(errors="replace")
+
     def _send(
         self, method: str, target: str, body: bytes | None, headers: dict[str, str]
     ) -> tuple[http.client.HTTPResponse, bytes]:

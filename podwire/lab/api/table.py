@@ -126,7 +126,7 @@ def _init_status(pod: Object) -> str:
             reason = (state.get(word) or {}).get("reason")
             if reason and reason not in ("PodInitializing", "ContainerCreating"):
                 return f"Init:{reason}"
-        return f"Init:{done}/{len(specs)}" if "nodeName" in pod["spec"] else ""
+        return f"Init:{done}/{len(pod['spec'].get('initContainers') or ())}" if "nodeName" in pod["spec"] else ""
     return ""
 
 
