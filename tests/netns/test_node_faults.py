@@ -54,6 +54,13 @@ class Pings:
     def __init__(self, source: Container, address: str) -> None:
         self._process = source.start("ping", "-q", "-i", "0.01", "-W", "1", address)
 
+    def __enter__(self) -> Pings:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
     def lost(self) -> int:
         self._process.send_signal(2)  # ping prints its summary on SIGINT
         out, _ = self._process.communicate()
@@ -80,20 +87,20 @@ def test_a_killed_daemon_loses_no_packet_and_no_del(lab: LabState) -> None:
     with containers(lab, "node1", "here", 3) as (talker, gone, late), containers(lab, "node2", "there", 1) as (peer,):
         at_once([partial(each.call, "ADD") for each in (talker, gone)])
         address = peer.call("ADD").address
-        pings = Pings(talker, address)
-        node.kill_daemon(lab, "node1")
-        assert late.call("ADD").error == 11
-        assert late.call("CHECK").error == 11
-        assert late.call("STATUS").error == 50
-        assert gone.call("DEL").code == 0
-        assert gone.call("DEL").code == 0, "a DEL may be repeated"
-        queue = lab.files.node_path("node1", "/var/lib/podwire") / "del-queue"
-        assert len(list(queue.glob("*.del"))) == 2
-        restart(lab, "node1")
-        wait(lambda: not list(queue.iterdir()), "the queue to be replayed")
-        wait(lambda: len(pod_links(lab, "node1")) == 1, "the queued DEL to be done")
-        assert late.call("ADD").error == 0
-        assert pings.lost() == 0
+        with Pings(talker, address) as pings:
+            node.kill_daemon(lab, "node1")
+            assert late.call("ADD").error == 11
+            assert late.call("CHECK").error == 11
+            assert late.call("STATUS").error == 50
+            assert gone.call("DEL").code == 0
+            assert gone.call("DEL").code == 0, "a DEL may be repeated"
+            queue = lab.files.node_path("node1", "/var/lib/podwire") / "del-queue"
+            assert len(list(queue.glob("*.del"))) == 2
+            restart(lab, "node1")
+            wait(lambda: not list(queue.iterdir()), "the queue to be replayed")
+            wait(lambda: len(pod_links(lab, "node1")) == 1, "the queued DEL to be done")
+            assert late.call("ADD").error == 0
+            assert pings.lost() == 0
         at_once([partial(each.call, "DEL") for each in (talker, late, peer)])
     wait(partial(nothing_is_held, lab, "node1"), "node1 to be empty")
 
@@ -154,18 +161,17 @@ def test_pods_start_while_etcd_is_away_and_after_a_restart_without_it(lab: LabSt
 
 def test_an_upgrade_with_pods_running_drops_no_packet(lab: LabState) -> None:
     with containers(lab, "node1", "up", 2) as (talker, other), containers(lab, "node2", "stay", 1) as (peer,):
-        talker.call("ADD")
+        link = talker.call("ADD").body["interfaces"][0]["name"]
         address = peer.call("ADD").address
-        pings = Pings(talker, address)
-        links = pod_links(lab, "node1")
-        rules = on_node(lab, "node1", "nft", "-s", "list", "table", "inet", "podwire").stdout
-        for name in ("node1", "node2"):
-            node.stop_daemon(lab, name)
-            restart(lab, name)
-        assert on_node(lab, "node1", "nft", "-s", "list", "table", "inet", "podwire").stdout == rules
-        assert pod_links(lab, "node1") == links
-        assert other.call("ADD").error == 0
-        assert pings.lost() == 0
+        with Pings(talker, address) as pings:
+            rules = on_node(lab, "node1", "nft", "-s", "list", "table", "inet", "podwire").stdout
+            for name in ("node1", "node2"):
+                node.stop_daemon(lab, name)
+                restart(lab, name)
+            assert on_node(lab, "node1", "nft", "-s", "list", "table", "inet", "podwire").stdout == rules
+            assert link in pod_links(lab, "node1")
+            assert other.call("ADD").error == 0
+            assert pings.lost() == 0
         at_once([partial(each.call, "DEL") for each in (talker, other, peer)])
 
 
