@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -15,7 +15,7 @@ import msgspec
 
 from ipam_daemon.model import Address, Block, ClusterConfig, Network, NodeRecord, Pool, encode
 from podwire.config import ConfigError
-from podwire.errors import PodwireError
+from podwire.errors import PodwireError, TryAgain
 
 
 class ConfigMismatch(PodwireError):
@@ -32,6 +32,14 @@ class PoolExhausted(PodwireError):
 
 class RecordDamaged(PodwireError):
     """A record that is needed cannot be decoded."""
+
+
+class StoreRestored(TryAgain):
+    """etcd was wiped or restored: what is not in it may yet be somebody's, so nothing new is given out for a while."""
+
+
+class ConfigMissing(TryAgain):
+    """The store has no configuration, and this node may not write it."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +158,30 @@ def name_taken(name: str, holder_id: str, addresses: Iterable[Address]) -> NodeN
         f"node name {name!r} is in use by machine {holder_id} ({where}): give this node another name, "
         f"or stop the daemon there"
     )
+
+
+def keep_former(former: Mapping[str, NodeRecord], known: Mapping[str, NodeRecord]) -> dict[str, NodeRecord]:
+    """Those of `former` that a wiped or restored store does not know, and whose blocks nobody else says to have.
+
+    Their pods run on: they are not given up until somebody else shows the same block, or the node says again who it is.
+    """
+    taken = {block for record in known.values() for block in record.blocks}
+    lengths = {(block.version, block.prefixlen) for block in taken}
+
+    def is_taken(block: Network) -> bool:
+        same = {length for version, length in lengths if version == block.version}
+        return any(
+            block.supernet(new_prefix=length) in taken
+            if length <= block.prefixlen
+            else any(overlap(block, other) for other in taken if other.prefixlen == length)
+            for length in same
+        )
+
+    return {
+        name: record
+        for name, record in former.items()
+        if name not in known and not any(is_taken(block) for block in record.blocks)
+    }
 
 
 # --- the cluster's configuration --------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ The value says which machine (node id) and which process (a random number) holds
 at once; a former process of the same machine, which was killed and whose lease still runs, is succeeded at once by a
 transaction on the key's mod revision. Should that former process live after all, its renewal ends (its lease is
 revoked), it finds a process that is not itself, and is the one that loses.
+
+A store that was restored from a backup may show a holder of the past, whose lease nobody renews: for as long as that
+lease can last the name is tried again, and only then lost.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from podwire.etcd import Backoff, EtcdError, EtcdSession, EtcdUnavailable, Lease
 from podwire.etcd.records import Get, Item, Put, absent, unchanged
 
 T = TypeVar("T")
+_PAST_TTLS = 3  # a leader gives all leases a new term; the lease may have been made with a longer one
 log = logging.getLogger(__name__)
 
 
@@ -80,23 +84,34 @@ class LiveName:
             await self.leave()
 
     async def _hold(self, generation: int) -> PodwireError:
-        backoff = Backoff()
         try:
             while True:
                 assert self._lease is not None, "take comes first"
+                breaks = self._session.history.breaks
                 await self._session.keep_alive(self._lease)
                 log.warning("the lease of node name %r ran out; taking the name again", self._name)
-                while True:
-                    try:
-                        await self._check_generation(generation)
-                        await self._put(successor=False)
-                        backoff.reset()
-                        break
-                    except EtcdUnavailable:
-                        await self._session.clock.sleep(backoff.next())
+                await self._retake(generation, breaks)
         except PodwireError as error:
             log.error("node name %r cannot be held: %s", self._name, error)
             return error
+
+    async def _retake(self, generation: int, breaks: int) -> None:
+        """Takes the name again through an outage. `breaks`: of the history when it was held last."""
+        backoff, clock = Backoff(), self._session.clock
+        began: float | None = None  # when etcd first answered
+        while True:
+            try:
+                await self._check_generation(generation)
+                restored = self._session.history.breaks != breaks
+                began = clock.now() if began is None else began
+                await self._put(successor=restored)
+                return
+            except EtcdUnavailable:
+                await clock.sleep(backoff.next())
+            except NodeNameTaken:
+                if self._session.history.breaks == breaks or clock.now() - (began or 0.0) > _PAST_TTLS * self._ttl:
+                    raise
+                await clock.sleep(backoff.next())
 
     async def _put(self, *, successor: bool) -> None:
         """Writes the key under a new lease. `successor`: in place of a former process of this machine, too."""

@@ -4,6 +4,7 @@
     /podwire/v1/blocks/<cidr>   Block            one key per block and family; permanent until released
     /podwire/v1/nodes/<name>    NodeRecord       what peers need to reach the node's pods; permanent
     /podwire/v1/live/<name>     Live             under a lease: says only that the daemon lives (ipam_daemon.live_name)
+    /podwire/v1/restored        Restored         under a lease: no new claims for now (ipam_daemon.restoration)
 
 Every claim is one transaction on the key that it is about, so two nodes cannot both win. A claim also holds only under
 the configuration that was agreed on: since the block size cannot change unseen, no two claims of different sizes can
@@ -12,25 +13,30 @@ overlap by crossing each other; older blocks of another size are seen in the lis
 A claim costs one listing of keys (30 bytes a block) and one transaction, and one more for every other node that wanted
 the same block in the same moment. A transaction whose answer was lost may have been carried out: its block is looked
 at first the next time, so that it does not leak.
+
+A store that was wiped or restored may have lost what is somebody's: new claims wait, what nodes remember is claimed
+again at once, and the list of nodes keeps whom the store has lost until they are back or their blocks are another's.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 import msgspec
 
 from ipam_daemon.claims import (
     ConfigMismatch,
+    ConfigMissing,
     Entry,
     NodeNameTaken,
     PoolExhausted,
     RecordDamaged,
+    StoreRestored,
     check_same,
     exhausted,
     free_blocks,
@@ -41,13 +47,16 @@ from ipam_daemon.claims import (
     parse_network,
 )
 from ipam_daemon.live_name import LiveName
-from ipam_daemon.model import Block, ClusterConfig, Network, NodeRecord, Pool, decode, encode
-from podwire.etcd import EtcdSession, EtcdUnavailable
-from podwire.etcd.records import Compare, Deleted, Get, Item, Put, Snapshot, absent, unchanged
+from ipam_daemon.model import Block, ClusterConfig, Network, NodeRecord, Pool, encode
+from ipam_daemon.node_list import NodeList, decoded
+from ipam_daemon.restoration import Restoration
+from podwire.etcd import EtcdError, EtcdSession, EtcdUnavailable
+from podwire.etcd.records import Compare, Get, Header, Item, Put, TxnResult, absent, unchanged
 from podwire.etcd.records import Delete as DeleteKey
 
 __all__ = [
     "ConfigMismatch",
+    "ConfigMissing",
     "Entry",
     "EtcdRegistry",
     "EtcdUnavailable",
@@ -55,6 +64,7 @@ __all__ = [
     "PoolExhausted",
     "RecordDamaged",
     "Registry",
+    "StoreRestored",
 ]
 
 log = logging.getLogger(__name__)
@@ -68,6 +78,18 @@ class Registry(Protocol):
 
     async def agree(self, config: ClusterConfig) -> ClusterConfig:
         """Writes the cluster's configuration if there is none; returns the one that holds. Raises ConfigMismatch."""
+
+    def seen(self) -> str:
+        """How far the store has come, for `recall` by the next process; empty before the first answer."""
+
+    def recall(self, seen: str) -> None:
+        """What a former process had `seen`: a store that has not come as far was wiped or restored. Comes first."""
+
+    async def restored(self) -> str:
+        """Returns each time that the store was found to be wiped or restored, and says how.
+
+        The node must then `agree`, `reclaim_block` each of its blocks and `publish` again.
+        """
 
     async def enter(self, name: str, node_id: str) -> Entry:
         """Takes the node's name and keeps it until `leave`. Raises NodeNameTaken at once when another machine has it.
@@ -86,7 +108,7 @@ class Registry(Protocol):
         """The blocks of a node, by name, lowest key first."""
 
     async def claim_block(self, pool: Pool, node: str, node_id: str, generation: int) -> Block:
-        """One more block of `pool` for `node`. Raises PoolExhausted."""
+        """One more block of `pool` for `node`. Raises PoolExhausted; for a while after `restored` StoreRestored."""
 
     async def reclaim_block(self, block: Block) -> str | None:
         """Claims a block that its owner remembers and the store has lost. Returns the name of the node that has it, or
@@ -101,17 +123,28 @@ class Registry(Protocol):
     def watch_nodes(self) -> AsyncGenerator[Mapping[str, NodeRecord], None]:
         """All nodes by name, and all again whenever something changed; changes in quick succession may come as one.
 
+        Nodes that a wiped or restored store has lost stay in it until they publish again, or another node has one of
+        their blocks; but this node's own (after `enter`) goes, so that it sees that it must publish. Who starts to
+        watch while claims wait (StoreRestored) gets nothing before they go on: until then the list is not whole.
+
         A record that cannot be decoded is left out and logged once. Waits out outages; close it when done (aclosing).
         """
 
 
 class EtcdRegistry:
-    """The registry in etcd. `root` ends in a slash; `live_s` is the TTL of the live key in seconds."""
+    """The registry in etcd. `root` ends in a slash; `live_s` is the TTL of the live key in seconds.
 
-    def __init__(self, session: EtcdSession, *, root: str = ROOT, live_s: int = LIVE_S) -> None:
+    `settle_s` is for how long new claims wait when etcd was wiped or restored: twice `live_s` by default, in which
+    every daemon that lives has noticed and claimed its blocks again.
+    """
+
+    def __init__(
+        self, session: EtcdSession, *, root: str = ROOT, live_s: int = LIVE_S, settle_s: int | None = None
+    ) -> None:
         self._session = session
         self._root = root
         self._live_s = live_s
+        self._restoration = Restoration(session, root, settle_s or 2 * live_s, look_s=live_s)
         self._live: LiveName | None = None
         self._agreed: tuple[ClusterConfig, int] | None = None  # with the mod revision of its key
         self._unsure: list[Network] = []  # claimed perhaps: the answer was lost
@@ -120,16 +153,43 @@ class EtcdRegistry:
 
     async def agree(self, config: ClusterConfig) -> ClusterConfig:
         key = f"{self._root}config"
-        result = await self._session.txn([absent(key)], [Put(key, encode(config))], [Get(key)])
-        if result.succeeded:
-            self._agreed = (config, result.revision)
-            return config
-        (item,) = result.found
-        assert item is not None, "the transaction found it there"
-        theirs = _decoded(item, ClusterConfig)
+        item = await self._session.get(key)  # first: a role that may only read must get by
+        if item is None:
+            result = await self._write_config(key, config)
+            if result.succeeded:
+                self._agreed = (config, result.revision)
+                return config
+            (item,) = result.found
+            assert item is not None, "the transaction found it there"
+        theirs = decoded(item, ClusterConfig)
         check_same(config, theirs, key)
         self._agreed = (theirs, item.mod_revision)
         return theirs
+
+    async def _write_config(self, key: str, config: ClusterConfig) -> TxnResult:
+        try:
+            return await self._session.txn([absent(key)], [Put(key, encode(config))], [Get(key)])
+        except EtcdError as error:
+            if error.code != "PERMISSION_DENIED":
+                raise
+            raise ConfigMissing(
+                f"etcd has no configuration of the cluster at {key}, and this node may not write it: "
+                f"put {encode(config).decode()} there as an administrator"
+            ) from error
+
+    # --- a store that was restored ---------------------------------------------------------------------------
+
+    def seen(self) -> str:
+        header = self._session.history.seen
+        return "" if header is None else f"{header.cluster_id:x}/{header.revision}"
+
+    def recall(self, seen: str) -> None:
+        cluster, _, revision = seen.partition("/")
+        with contextlib.suppress(ValueError):  # written by another version: then nothing is known
+            self._session.history.recall(Header(int(cluster, 16), int(revision)))
+
+    async def restored(self) -> str:
+        return await self._restoration.restored()
 
     # --- the name --------------------------------------------------------------------------------------------
 
@@ -150,6 +210,8 @@ class EtcdRegistry:
             raise
         live.hold(generation)
         self._live = live
+        self._restoration.node = name
+        self._restoration.begin()
         return Entry(name=name, node_id=node_id, generation=generation, reowned=tuple(reowned))
 
     async def lost(self) -> NodeNameTaken:
@@ -157,6 +219,7 @@ class EtcdRegistry:
         return await self._live.lost()
 
     async def leave(self) -> None:
+        await self._restoration.end()
         live, self._live = self._live, None
         if live is not None:
             await live.leave()
@@ -169,18 +232,24 @@ class EtcdRegistry:
     # --- blocks ----------------------------------------------------------------------------------------------
 
     async def load_blocks(self, name: str) -> tuple[Block, ...]:
-        return tuple((await self._blocks_of(name)).values())
+        items = await self._blocks_of(name)
+        if name == self._restoration.node:
+            for item in items:
+                self._restoration.wrote(item.key, item.mod_revision)
+        return tuple(items.values())
 
     async def claim_block(self, pool: Pool, node: str, node_id: str, generation: int) -> Block:
         found = await self._claimed_unsure(pool, node_id, generation)
         if found is not None:
             return found
+        self._restoration.check()
+        breaks = self._session.history.breaks
         taken: set[Network] = set()
         while True:
             known, taken = taken, await self._taken()
             for cidr in free_blocks(pool, taken, node):
                 block = Block(cidr=cidr, pool=pool.name, node=node, node_id=node_id, generation=generation)
-                if await self._claim(block):
+                if await self._claim(block, breaks):
                     return block
             if known == taken:  # a second look has found nothing new
                 raise exhausted(pool, taken)
@@ -190,12 +259,17 @@ class EtcdRegistry:
             for item in (await self._session.get_prefix(f"{self._root}blocks/")).items:
                 holder = _readable(item, Block)
                 if holder is not None and overlap(holder.cidr, block.cidr):
-                    return None if (holder.node_id, holder.cidr) == (block.node_id, block.cidr) else holder.node
+                    if (holder.node_id, holder.cidr) != (block.node_id, block.cidr):
+                        return holder.node
+                    self._restoration.wrote(item.key, item.mod_revision)
+                    return None
             if await self._claim(block):
+                self._restoration.found_lost(self._block_key(block.cidr))
                 return None
 
     async def release_block(self, block: Block) -> bool:
         key = self._block_key(block.cidr)
+        self._restoration.gave_up(key)
         while (item := await self._session.get(key)) is not None:
             stored = _readable(item, Block)
             if stored is None or (stored.node_id, stored.generation) != (block.node_id, block.generation):
@@ -204,19 +278,33 @@ class EtcdRegistry:
                 return True
         return False
 
-    async def _claim(self, block: Block) -> bool:
-        """Whether the block is ours now; False when someone else has it."""
-        key, guard = self._block_key(block.cidr), self._guard()
+    async def _claim(self, block: Block, breaks: int | None = None) -> bool:
+        """Whether the block is ours now; False when someone else has it.
+
+        `breaks`: of the history when the claim began; None for a block that was ours before. Raises StoreRestored.
+        """
+        key, new = self._block_key(block.cidr), breaks is not None
+        guard = [*self._guard(), *([absent(self._restoration.key)] if new else [])]
+        otherwise = [Get(key), Get(self._restoration.key)]
         try:
-            result = await self._session.txn([absent(key), *guard], [Put(key, encode(block))], [Get(key)])
+            result = await self._session.txn([absent(key), *guard], [Put(key, encode(block))], otherwise)
         except EtcdUnavailable:
             self._unsure.append(block.cidr)
             raise
-        if result.succeeded or result.found[0] is not None:
-            return result.succeeded
+        if result.succeeded:
+            if new and breaks != self._session.history.breaks:  # restored between our listing and this
+                await self._session.txn([unchanged(key, result.revision)], [DeleteKey(key)])
+                self._restoration.check()
+            self._restoration.wrote(key, result.revision)
+            return True
+        holder, marker = result.found
+        if holder is not None:
+            return False
+        if new:
+            self._restoration.check(marker)
         assert self._agreed is not None, "the key is free, so the guard has failed"
         await self.agree(self._agreed[0])
-        return await self._claim(block)
+        return await self._claim(block, breaks)
 
     async def _claimed_unsure(self, pool: Pool, node_id: str, generation: int) -> Block | None:
         for cidr in tuple(self._unsure):
@@ -224,6 +312,8 @@ class EtcdRegistry:
             self._unsure.remove(cidr)
             block = _readable(item, Block) if item is not None else None
             if block and (block.node_id, block.generation, block.pool) == (node_id, generation, pool.name):
+                assert item is not None, "the block was read from it"
+                self._restoration.wrote(item.key, item.mod_revision)
                 return block
         return None
 
@@ -250,16 +340,21 @@ class EtcdRegistry:
         key = f"{self._root}nodes/{record.name}"
         while True:
             item = await self._session.get(key)
-            stored = None if item is None else _decoded(item, NodeRecord)
+            stored = None if item is None else decoded(item, NodeRecord)
             if stored is not None and not may_publish(record, stored):
                 raise name_taken(record.name, stored.node_id, stored.addresses)
             before = unchanged(key, 0 if item is None else item.mod_revision)
-            if (await self._session.txn([before], [Put(key, encode(record))])).succeeded:
+            result = await self._session.txn([before], [Put(key, encode(record))])
+            if result.succeeded:
+                self._restoration.wrote(key, result.revision)
                 return
 
     async def watch_nodes(self) -> AsyncGenerator[Mapping[str, NodeRecord], None]:
-        nodes = _Nodes(f"{self._root}nodes/")
-        pump = asyncio.create_task(self._pump(nodes), name="watch-nodes")
+        await self._restoration.settled()
+        nodes = NodeList(f"{self._root}nodes/", own=self._restoration.node)
+        history = self._session.history
+        forget = history.on_break(nodes.history_broke)
+        pump, breaks = self._pump(nodes), history.breaks
         try:
             while True:
                 changed = asyncio.create_task(nodes.changed.wait())
@@ -268,83 +363,34 @@ class EtcdRegistry:
                 if not nodes.changed.is_set():
                     pump.result()  # it ends only by an exception
                 nodes.changed.clear()
-                yield MappingProxyType(dict(nodes.known))
+                if breaks != history.breaks:  # the watch may go on as if nothing had happened, so it is begun anew
+                    breaks = history.breaks
+                    pump.cancel()
+                    pump = self._pump(nodes)
+                else:
+                    yield nodes.mapping()
         finally:
+            forget()
             pump.cancel()
             await asyncio.gather(pump, return_exceptions=True)
 
-    async def _pump(self, nodes: _Nodes) -> None:
-        async with aclosing(self._session.watch_prefix(nodes.prefix)) as batches:
-            async for batch in batches:
-                if isinstance(batch, Snapshot):
-                    nodes.replace(batch.items)
-                else:
-                    for event in batch.events:
-                        if isinstance(event, Deleted):
-                            nodes.drop(event.key)
-                        else:
-                            nodes.set(event.item)
-                nodes.changed.set()
+    def _pump(self, nodes: NodeList) -> asyncio.Task[None]:
+        async def pump() -> None:
+            async with aclosing(self._session.watch_prefix(nodes.prefix)) as batches:
+                async for batch in batches:
+                    nodes.take(batch)
+
+        return asyncio.create_task(pump(), name="watch-nodes")
 
     async def _node(self, name: str) -> NodeRecord | None:
         item = await self._session.get(f"{self._root}nodes/{name}")
-        return None if item is None else _decoded(item, NodeRecord)
+        return None if item is None else decoded(item, NodeRecord)
 
 
-class _Nodes:
-    """The records under nodes/ as they are now; what cannot be read is not in `known`, and was logged."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.known: dict[str, NodeRecord] = {}
-        self.changed = asyncio.Event()
-        self._damaged: set[str] = set()
-
-    def replace(self, items: tuple[Item, ...]) -> None:
-        names = {item.key.removeprefix(self.prefix) for item in items}
-        for name in (self.known.keys() | self._damaged) - names:
-            self.drop(self.prefix + name)
-        for item in items:
-            self.set(item)
-
-    def set(self, item: Item) -> None:
-        name = item.key.removeprefix(self.prefix)
-        record = _readable(item, NodeRecord, report=self._report(name))
-        if record is not None and record.name != name:
-            self._report(name)(f"it is the record of {record.name!r}")
-            record = None
-        if record is None:
-            self._damaged.add(name)
-            self.known.pop(name, None)
-        else:
-            self._damaged.discard(name)
-            self.known[name] = record
-
-    def drop(self, key: str) -> None:
-        name = key.removeprefix(self.prefix)
-        self.known.pop(name, None)
-        self._damaged.discard(name)
-
-    def _report(self, name: str) -> Callable[[str], None]:
-        def report(why: str) -> None:
-            if name not in self._damaged:
-                log.error("node record %r is skipped: %s", name, why, extra={"fields": {"node": name}})
-
-        return report
-
-
-def _decoded(item: Item, kind: type[T]) -> T:
-    """The record in `item`. Raises RecordDamaged naming the key."""
+def _readable(item: Item, kind: type[T]) -> T | None:
+    """The record in `item`, or None when it is damaged, which is logged."""
     try:
-        return decode(item.value, kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RecordDamaged(f"etcd key {item.key} cannot be read ({error}): mend or delete it") from error
-
-
-def _readable(item: Item, kind: type[T], report: Callable[[str], None] | None = None) -> T | None:
-    """The record in `item`, or None when it is damaged, which is reported (by default: logged)."""
-    try:
-        return _decoded(item, kind)
+        return decoded(item, kind)
     except RecordDamaged as error:
-        (report or log.error)(str(error))
+        log.error("%s", error)
         return None

@@ -1,6 +1,7 @@
 """The registry in memory, for tests of everything above it: several registries on one store are several nodes.
 
-`store.away = True` is an outage; `store.expire(name)` ends a lease. One suite runs against this and against etcd
+`store.away = True` is an outage; `store.expire(name)` ends a lease; `store.restore()` is a wiped or restored etcd, and
+`store.settle()` the end of the time in which claims then wait. One suite runs against this and against etcd
 (tests/etcd/test_registry.py).
 """
 
@@ -15,9 +16,11 @@ import msgspec
 from ipam_daemon.claims import (
     Entry,
     NodeNameTaken,
+    StoreRestored,
     check_same,
     exhausted,
     free_blocks,
+    keep_former,
     may_publish,
     name_taken,
     next_generation,
@@ -37,6 +40,34 @@ class FakeStore:
         self.live: dict[str, FakeRegistry] = {}
         self.away = False
         self.watchers: set[asyncio.Event] = set()
+        self.breaks = 0
+        self.settling = ""
+        self.revision = 1
+        self._settled = asyncio.Event()
+        self._settled.set()
+
+    def restore(
+        self, blocks: Mapping[Network, Block] | None = None, nodes: Mapping[str, NodeRecord] | None = None
+    ) -> None:
+        """etcd comes back with what a backup has of blocks and nodes; with nothing, it was wiped."""
+        self.blocks, self.nodes, self.live = dict(blocks or {}), dict(nodes or {}), {}
+        self.lost("its revision went back")
+
+    def lost(self, why: str) -> None:
+        """Somebody notices that the store was restored."""
+        self.breaks += 1
+        self.settling = why
+        self._settled.clear()
+        self.touch()
+
+    def settle(self) -> None:
+        """The nodes have had their time to claim their blocks again."""
+        self.settling = ""
+        self._settled.set()
+
+    async def settled(self) -> None:
+        """Returns when claims do not wait."""
+        await self._settled.wait()
 
     def touch(self) -> None:
         """Tells who watches nodes that something changed."""
@@ -60,6 +91,7 @@ class FakeRegistry:
         self.store = store
         self.entry: Entry | None = None
         self._lost: asyncio.Future[NodeNameTaken] | None = None
+        self._breaks = store.breaks  # that `restored` has told of
 
     async def agree(self, config: ClusterConfig) -> ClusterConfig:
         self.store.check()
@@ -67,6 +99,24 @@ class FakeRegistry:
             self.store.config = config
         check_same(config, self.store.config, "/podwire/v1/config")
         return self.store.config
+
+    def seen(self) -> str:
+        return str(self.store.breaks)
+
+    def recall(self, seen: str) -> None:
+        self._breaks = int(seen)
+
+    async def restored(self) -> str:
+        event = asyncio.Event()
+        self.store.watchers.add(event)
+        try:
+            while self._breaks == self.store.breaks:
+                await event.wait()
+                event.clear()
+        finally:
+            self.store.watchers.discard(event)
+        self._breaks = self.store.breaks
+        return self.store.settling
 
     async def enter(self, name: str, node_id: str) -> Entry:
         self.store.check()
@@ -113,6 +163,8 @@ class FakeRegistry:
 
     async def claim_block(self, pool: Pool, node: str, node_id: str, generation: int) -> Block:
         self.store.check()
+        if self.store.settling:
+            raise StoreRestored(f"etcd was wiped or restored ({self.store.settling}): no new block for now")
         cidr = next(free_blocks(pool, self.store.blocks, node), None)
         if cidr is None:
             raise exhausted(pool, self.store.blocks)
@@ -126,6 +178,8 @@ class FakeRegistry:
             if overlap(holder.cidr, block.cidr):
                 return None if (holder.node_id, holder.cidr) == (block.node_id, block.cidr) else holder.node
         self.store.blocks[block.cidr] = block
+        if not self.store.settling:
+            self.store.lost(f"it had lost {block.cidr}")
         return None
 
     async def release_block(self, block: Block) -> bool:
@@ -145,13 +199,23 @@ class FakeRegistry:
         self.store.touch()
 
     async def watch_nodes(self) -> AsyncGenerator[Mapping[str, NodeRecord], None]:
+        await self.store.settled()
         event = asyncio.Event()
         event.set()
         self.store.watchers.add(event)
+        known: dict[str, NodeRecord] = {}
+        former: dict[str, NodeRecord] = {}
+        breaks = self.store.breaks
+        own = self.entry.name if self.entry is not None else ""
         try:
             while True:
                 await event.wait()
                 event.clear()
-                yield MappingProxyType(dict(self.store.nodes))
+                if breaks != self.store.breaks:
+                    breaks, former = self.store.breaks, {**former, **known}
+                    former.pop(own, None)
+                known = dict(self.store.nodes)
+                former = keep_former(former, known)
+                yield MappingProxyType({**former, **known})
         finally:
             self.store.watchers.discard(event)

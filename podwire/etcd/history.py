@@ -39,9 +39,10 @@ class History:
         if self.seen is None:
             self.seen = seen
 
-    def on_break(self, listener: Callable[[str], None]) -> None:
-        """`listener(reason)` is called at each break; it must return at once and not raise."""
+    def on_break(self, listener: Callable[[str], None]) -> Callable[[], None]:
+        """`listener(reason)` is called at each break; it must return at once and not raise. Returns what ends that."""
         self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
 
     def mark(self) -> Mark:
         return Mark(self.breaks, self.seen)
@@ -66,5 +67,5 @@ class History:
         self.seen = header
         self.breaks += 1
         self.reason = reason
-        for listener in self._listeners:
+        for listener in tuple(self._listeners):
             listener(reason)
