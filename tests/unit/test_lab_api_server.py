@@ -592,7 +592,9 @@ def test_a_kubectl_applies_gets_patches_and_deletes(tmp_path: Path) -> None:
             async def ask(*words: str) -> str:
                 return await asyncio.to_thread(kubectl, *words)
 
-            await ask("create", "namespace", "shop")
+            space = tmp_path / "namespace.yaml"
+            space.write_text("apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n")
+            await ask("create", "-f", str(space))
             applied = await ask("apply", "-f", str(manifest))
             assert "pod/web created" in applied
             assert "pod/web unchanged" in await ask("apply", "-f", str(manifest))

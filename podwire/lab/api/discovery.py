@@ -17,6 +17,12 @@ _SUBRESOURCES = {  # of pods: what is sent or read there, and how
 }  # fmt: skip
 
 
+# kubectl 1.27 and 1.28 fetch version 2 before they apply anything, as protobuf, and use it only for kinds that it
+# describes: this one has a version and nothing else (gnostic's openapiv2.Document, field 1).
+OPENAPI_V2 = b"\x0a\x032.0"
+OPENAPI_V2_TYPE = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
+
+
 def api_versions() -> dict[str, Any]:
     """`/api`"""
     return {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}

@@ -30,7 +30,12 @@ async def plain(request: web.Request) -> Any:
             raise BadRequest(f"body: {len(found)} YAML documents; there should be one")
         return found[0]
     if kind not in ("application/octet-stream", "text/plain") and not kind.endswith("json"):
-        raise UnsupportedMediaType(f"the body is {kind}; application/json and application/yaml are read here")
+        hint = (
+            "; `kubectl apply` and `kubectl create -f` send it, `kubectl create KIND` may not"
+            if "proto" in kind
+            else ""
+        )
+        raise UnsupportedMediaType(f"the body is {kind}; application/json and application/yaml are read here{hint}")
     try:
         return json.loads(text)
     except ValueError as error:

@@ -62,6 +62,7 @@ class ApiServer:
         for path in ("/healthz", "/readyz", "/livez"):
             routes.add_get(path, self._healthy)
         routes.add_get("/version", self._version)
+        routes.add_get("/openapi/v2", self._openapi_v2)
         routes.add_get("/openapi/v3", self._openapi_index)
         routes.add_get("/openapi/v3/{where:.+}", self._openapi_document)
         routes.add_get("/api", self._api_versions)
@@ -126,6 +127,9 @@ class ApiServer:
     async def _resource_list(self, request: web.Request) -> web.Response:
         group, version = request.match_info.get("group"), request.match_info["version"]
         return _found(discovery.resource_list(self.store.kinds, f"{group}/{version}" if group else version))
+
+    async def _openapi_v2(self, _: web.Request) -> web.Response:
+        return web.Response(body=discovery.OPENAPI_V2, content_type=discovery.OPENAPI_V2_TYPE)
 
     async def _openapi_index(self, _: web.Request) -> web.Response:
         return web.json_response(discovery.openapi_index(self.store.kinds))
