@@ -27,6 +27,7 @@ from ipam_daemon.attachments import Attachments
 from ipam_daemon.blocks import BlockKeeper
 from ipam_daemon.devices import Devices
 from ipam_daemon.errors import CniError, TryAgainLater
+from ipam_daemon.faults import point
 from ipam_daemon.firewall import Firewall
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
@@ -103,7 +104,7 @@ class Agent:
             return [f"{self._attachments.fenced} pods sit in a block that went to another node, and are cut off"]
         if not self._attachments.mtu:
             return [f"the node's data path is not set up yet: {self._attachments.waiting_for}"]
-        uses = self._attachments.allocator.use(time.time())
+        uses = self._attachments.uses()
         if not available(uses):
             blocks = ", ".join(str(use.block.cidr) for use in uses)
             return [
@@ -125,25 +126,33 @@ class Agent:
 
     async def restore(self) -> None:
         """Takes up what the journal says, before any call is answered. Needs no etcd."""
-        if self._journal.set_aside is not None:
-            await self._rebuild()
+        await self._adopt_wires()
         self._blocks = self._journal.blocks()
         self._attachments.use_blocks(self._blocks)
         undone = await self._attachments.resume()
         if undone:
             self._metrics.repairs.labels("unfinished-add").inc(undone)
             log.warning("undid %d ADDs that were not finished", undone)
+        point("start.restored")
 
-    async def _rebuild(self) -> None:
-        """From the wires' aliases. Killed wires go first: nobody would remember that their addresses are not free."""
+    async def _adopt_wires(self) -> None:
+        """What the kernel has and the journal has lost, with its file or a part of it, comes from the wires' aliases.
+
+        Killed wires go first: nobody may remember that their addresses are not free.
+        """
         await self._thread.run(self._wires.reap, ())
+        journaled = {each.host_ifname for each in (*self._journal.attachments(), *self._journal.releasing())}
         found = await self._thread.run(self._wires.found, time.time())
-        for attachment in found:
-            self._journal.adopt(attachment)
-        log.error(
-            "the journal could not be read and was rebuilt from the kernel",
-            extra={"fields": {"set_aside": str(self._journal.set_aside), "attachments": len(found)}},
-        )
+        lost = [each for each in found if each.host_ifname not in journaled]
+        for attachment in lost:
+            if self._journal.get(attachment.key) is None:
+                self._journal.adopt(attachment)
+            else:
+                await self._thread.run(self._wires.delete, attachment.host_ifname)
+        if lost or self._journal.set_aside:
+            self._metrics.repairs.labels("journal").inc()
+            fields = {"set_aside": str(self._journal.set_aside or ""), "attachments": [str(each.key) for each in lost]}
+            log.error("the journal lacked wires that the kernel has, and has them again", extra={"fields": fields})
 
     # --- etcd
 
@@ -189,6 +198,7 @@ class Agent:
         if not self._entered.is_set():
             self._generation = (await self._registry.enter(settings.node, self._node_id)).generation
             self._entered.set()
+            point("join.entered")
         blocks = await self._own_blocks()
         for pool in self._config.pools:
             if not any(block.pool == pool.name for block in blocks):
@@ -199,19 +209,25 @@ class Agent:
         if await self._attachments.fence():
             log.error("pods sit in a block that went to another node; they are cut off, and no pod is added")
         await self._registry.publish(self._record(tuple(blocks)))
+        point("join.published")
         self.keeper.begin(self._config, blocks)
         log.info("joined", extra={"fields": {"node": settings.node, "blocks": [str(b.cidr) for b in blocks]}})
         self._changed.set()
 
     async def _claim_block(self, pool: Pool) -> Block:
-        return await self._registry.claim_block(pool, self._settings.node, self._node_id, self._generation)
+        block = await self._registry.claim_block(pool, self._settings.node, self._node_id, self._generation)
+        point("block.claimed")
+        return block
 
     async def _use_blocks(self, blocks: Sequence[Block]) -> None:
         """Makes journal, peers and kernel say that these are the node's blocks; only then are new ones handed out."""
         self._journal.set_blocks(blocks)
+        point("block.journaled")
         await self._registry.publish(self._record(tuple(blocks)))
+        point("block.published")
         self._blocks = tuple(blocks)
         await self._converge(resync=False)
+        point("block.plumbed")
         self._attachments.use_blocks(blocks)
 
     async def _own_blocks(self) -> list[Block]:
@@ -280,15 +296,18 @@ class Agent:
         records = None if self._records is None else self._records.values()
         plan = plan_node(self._config, self._record(blocks), blocks, records, mtu, self._settings.mtu)
         made = await self._ensure_devices(plan, resync)
+        point("converge.bridge")
         done = list(made)
         if (resync or self.plan is None or self.plan.firewall != plan.firewall) and await self._firewall.ensure(
             plan.firewall
         ):
             done.append("changed nft elements or rules")
+        point("converge.firewall")
         if plan.peers is not None:
             if resync or made:
                 await self._thread.run(self._peers.resync)
             changed = await self._thread.run(self._peers.apply, plan.peers)
+            point("converge.peers")
             if changed:
                 done.append(f"changed {changed} neighbours, FDB entries and routes")
         if done:

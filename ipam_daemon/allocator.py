@@ -127,6 +127,10 @@ class BlockAllocator:
         self._used.add(address)
         return address
 
+    def not_free(self) -> list[Address]:
+        """Every address that is used, releasing or cooling."""
+        return [*self._used, *self._releasing, *self._cooling]
+
     def give_back(self, address: Address) -> None:
         """A used address that no wire ever had is free at once, at the head of the queue."""
         self._used.remove(address)
@@ -219,6 +223,11 @@ class Allocator:
     def use(self, now: float) -> tuple[BlockUse, ...]:
         """How each block is used."""
         return tuple(each.use(now) for each in self._blocks.values())
+
+    def not_free(self) -> tuple[Address, ...]:
+        """Every address of any block that is used, releasing or cooling, in order."""
+        addresses = [address for each in self._blocks.values() for address in each.not_free()]
+        return tuple(sorted(addresses, key=lambda address: (address.version, int(address))))
 
     def _take(self, address: Address, now: float) -> Interface:
         cidr = next((cidr for cidr in self._blocks if address in cidr), None)

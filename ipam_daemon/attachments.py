@@ -26,7 +26,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from ipam_daemon import cni
-from ipam_daemon.allocator import Allocator
+from ipam_daemon.allocator import Allocator, BlockUse
 from ipam_daemon.cni import Call
 from ipam_daemon.errors import (
     CheckFailed,
@@ -37,6 +37,8 @@ from ipam_daemon.errors import (
     InvalidConfig,
     TryAgainLater,
 )
+from ipam_daemon.faults import point
+from ipam_daemon.identity import boottime
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Address, Attachment, AttachmentKey, AttachmentState, Block, Interface, Network
@@ -64,9 +66,9 @@ class Attachments:
         thread: NetlinkThread,
         metrics: Metrics,
         cooldown: float,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = boottime,
     ) -> None:
-        """`clock` gives seconds since the epoch; `cooldown` is in seconds."""
+        """`clock` gives the seconds since boot, which nobody sets; `cooldown` is in seconds."""
         self._journal = journal
         self._wires = wires
         self._thread = thread
@@ -80,6 +82,8 @@ class Attachments:
         self._to_reap = asyncio.Event()
         self.allocated = asyncio.Event()
         """Set after every allocation: somebody may want to look at what is left."""
+        self.changed = asyncio.Event()
+        """Set whenever an address is taken or let go: somebody may want to write down which are held."""
         self.more: MoreAddresses | None = None
         """Waits until there may be addresses again, or raises a CniError that says why there will be none."""
         self.mtu = 0
@@ -94,6 +98,10 @@ class Attachments:
         """Which addresses are in which state."""
         return self._allocator
 
+    def uses(self) -> tuple[BlockUse, ...]:
+        """How each block is used now."""
+        return self._allocator.use(self._clock())
+
     def use_blocks(self, blocks: Iterable[Block]) -> None:
         """Takes addresses from `blocks`, and no others; what the journal says of a new one is restored first."""
         blocks = tuple(blocks)
@@ -102,20 +110,22 @@ class Attachments:
         added = [block for block in blocks if block.cidr not in known]
         used = [each.ip for attachment in self._journal.attachments() for each in attachment.addresses]
         releasing = [each.ip for wire in self._journal.releasing() for each in wire.addresses]
+        latest = self._clock() + self._cooldown  # whatever a journal says that an earlier version wrote
         cooling, last = self._journal.cooling(), self._journal.last()
         for block in added:
             self._allocator.add_block(block).restore(
                 used=[a for a in used if a in block.cidr],
                 releasing=[a for a in releasing if a in block.cidr],
-                cooling={a: until for a, until in cooling.items() if a in block.cidr},
+                cooling={a: min(until, latest) for a, until in cooling.items() if a in block.cidr},
                 last=next((a for a in last if a in block.cidr), None),
             )
         self._gateways = gateways(self._allocator.blocks)
+        self.changed.set()
         self._to_reap.set()
 
     def retire_block(self, block: Block) -> bool:
         """Hands out no more addresses of a block in which none is in use. False when one is, and nothing changes."""
-        uses = {use.block.cidr: use for use in self._allocator.use(self._clock())}
+        uses = {use.block.cidr: use for use in self.uses()}
         use = uses.get(block.cidr)
         if use is None or use.used or use.releasing or use.cooling:
             return False
@@ -130,11 +140,14 @@ class Attachments:
         async with self._locked(call):
             self._refuse_if_deleted(call)
             existing = self._journal.get(call.key)
-            if existing is not None:
+            if existing is not None and existing.state is AttachmentState.ADDING:
+                await self._release(existing)  # of an ADD that could not even be undone: no other holds the lock
+            elif existing is not None:
                 raise InterfaceExists(
                     f"{call.key} is attached already, with {', '.join(map(str, existing.addresses))}; DEL comes first"
                 )
             attachment = await self._intend_patiently(call)
+            point("add.intended")
             try:
                 with self._metrics.phase("ADD", "wire"):
                     await self._thread.run(self._wires.attach, attachment, self._gateways)
@@ -144,8 +157,9 @@ class Attachments:
             if self._is_deleted(call):
                 await self._release(attachment)
                 self._refuse_if_deleted(call)
-            with self._metrics.phase("ADD", "journal"):
-                attached = self._journal.commit(attachment)
+            point("add.wired")
+            attached = await self._commit(attachment)
+            point("add.committed")
         log.info("added", extra={"fields": _fields(attached)})
         return cni.result(attached, self._gateways, call.config)
 
@@ -155,11 +169,13 @@ class Attachments:
         self._tombstones.move_to_end(call.key)
         while len(self._tombstones) > _TOMBSTONES:
             self._tombstones.popitem(last=False)
+        point("del.marked")
         async with self._locked(call):
             attachment = self._journal.get(call.key)
             if attachment is None or attachment.created_ns > call.issued_ns:
                 return  # nothing to delete, or this DEL was queued before the attachment that is there now was added
             await self._release(attachment)
+            point("del.released")
         log.info("deleted", extra={"fields": _fields(attachment)})
 
     async def check(self, call: Call) -> None:
@@ -267,12 +283,15 @@ class Attachments:
             return False
         with self._metrics.phase("DEL", "reap"):
             gone = await self._thread.run(self._wires.reap, [each.host_ifname for each in releasing])
+        point("reap.deleted")
         done = [each for each in releasing if each.host_ifname in gone]
         now = self._clock()
         until = now + self._cooldown
         self._journal.cool(done, now, until)
         for each in done:
             self._allocator.cool(self._known(each.addresses), until)
+        self.changed.set()
+        point("reap.cooled")
         return len(done) < len(releasing)
 
     async def resume(self) -> int:
@@ -285,6 +304,8 @@ class Attachments:
         undone = 0
         for attachment in self._journal.attachments():
             if attachment.state is AttachmentState.ADDING:
+                await self._thread.run(self._wires.kill, attachment.host_ifname)
+                point("start.undoing")
                 await self._release(attachment)
                 undone += 1
         return undone
@@ -303,10 +324,11 @@ class Attachments:
 
     def _intend(self, call: Call) -> Attachment:
         with self._metrics.phase("ADD", "allocate"):
-            now = self._clock()
-            addresses = self._allocator.allocate(now, call.wanted.addresses)
+            addresses = self._allocator.allocate(self._clock(), call.wanted.addresses)
         self.allocated.set()
-        attachment = plan_attachment(call, addresses, self.mtu, now)
+        self.changed.set()
+        point("add.allocated")
+        attachment = plan_attachment(call, addresses, self.mtu, time.time())
         try:
             with self._metrics.phase("ADD", "journal"):
                 self._journal.intend(attachment)
@@ -315,20 +337,33 @@ class Attachments:
             raise TryAgainLater(f"the journal cannot be written: {error}") from error
         return attachment
 
+    async def _commit(self, attachment: Attachment) -> Attachment:
+        """A wire that cannot be journaled as made is none: the runtime is told to try again."""
+        try:
+            with self._metrics.phase("ADD", "journal"):
+                return self._journal.commit(attachment)
+        except sqlite3.Error:
+            await self._release(attachment)
+            raise
+
     async def _undo(self, attachment: Attachment) -> None:
         """Without a wire nobody ever had the address; with one that would not go, it is released like any other."""
         if await self._thread.run(index_of, attachment.host_ifname):
             await self._release(attachment)
             return
+        point("undo.begun")
         self._journal.forget(attachment.key)
+        point("undo.forgotten")
         self._allocator.give_back(attachment.addresses)
 
     async def _release(self, attachment: Attachment) -> None:
         with self._metrics.phase("DEL", "kill"):
             await self._thread.run(self._wires.kill, attachment.host_ifname)
+        point("del.killed")
         with self._metrics.phase("DEL", "journal"):
             self._journal.release(attachment)
         self._allocator.release(self._known(attachment.addresses))
+        self.changed.set()
         if self.fenced:
             self.fenced = len(self.stranded())
         self._to_reap.set()

@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from ipam_daemon import supply
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.errors import Exhausted, TryAgainLater
+from ipam_daemon.faults import point
 from ipam_daemon.model import Block, ClusterConfig, Network, Pool
 from ipam_daemon.registry import PoolExhausted, Registry
 from ipam_daemon.supply import Claim, Return
@@ -101,7 +102,7 @@ class BlockKeeper:
             raise Exhausted(f"{shortage}; this node may have {self._limit} blocks of a pool at the most (maxBlocks)")
 
     def _available(self) -> int:
-        return supply.available(self._attachments.allocator.use(time.time()))
+        return supply.available(self._attachments.uses())
 
     async def _claim_for_add(self) -> None:
         async with self._lock:  # whoever waited here finds what the one before has claimed
@@ -116,7 +117,7 @@ class BlockKeeper:
 
     async def _step(self, pool: Pool) -> bool:
         """Claims or returns one block, if that is due. True when it did."""
-        uses = [each for each in self._attachments.allocator.use(time.time()) if each.block.pool == pool.name]
+        uses = [each for each in self._attachments.uses() if each.block.pool == pool.name]
         now = self._clock()
         former = self._empty_since.get(pool.name, {})
         since = {use.block.cidr: former.get(use.block.cidr, now) for use in uses if supply.is_empty(use)}
@@ -129,6 +130,7 @@ class BlockKeeper:
         elif isinstance(decision, Return) and self._attachments.retire_block(decision.block):
             self._owned = [each for each in self._owned if each.cidr != decision.block.cidr]
             self._to_release.append(decision.block)
+            point("block.retired")
         else:
             return False
         self._settled = False
@@ -142,6 +144,7 @@ class BlockKeeper:
         while self._to_release:
             block = self._to_release[0]
             await self._registry.release_block(block)
+            point("block.released")
             self._to_release.pop(0)
             log.info("returned a block", extra={"fields": {"block": str(block.cidr), "pool": block.pool}})
 

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.errors import CniError
+from ipam_daemon.faults import point
 from ipam_daemon.identity import sync_directory
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.requests import parse_request
@@ -43,14 +44,25 @@ class DelQueue:
         for path in self._waiting():
             result = await self._replay_one(path)
             self._metrics.replayed.labels(result).inc()
-            if result == "bad":
-                path.rename(path.with_suffix(".bad"))
-            elif result != "later":
-                path.unlink(missing_ok=True)
+            if result != "later" and self._put_away(path, result):
                 done += 1
         if done:
             sync_directory(self._directory)
         return done
+
+    def _put_away(self, path: Path, result: str) -> bool:
+        """False when the file has to stay, on a disk that cannot be written: it is done once more, and harmlessly."""
+        try:
+            if result == "bad":
+                path.rename(path.with_suffix(".bad"))
+                return False
+            point("queue.replayed")
+            path.unlink(missing_ok=True)
+            point("queue.removed")
+        except OSError as error:
+            log.warning("a queued DEL is done, and its file stays: %s", error, extra={"fields": {"file": path.name}})
+            return False
+        return True
 
     def _waiting(self) -> list[Path]:
         return sorted(self._directory.glob("*.del"))

@@ -25,6 +25,11 @@ def boottime_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
+def boottime() -> float:
+    """`boottime_ns` in seconds."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def node_id(state_dir: Path) -> str:
     """The UUID of this machine as a node, made at its first start and kept in `state_dir`."""
     path = state_dir / "node-id"

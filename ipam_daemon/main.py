@@ -1,6 +1,7 @@
 """`podwire-ipamd`: puts the daemon's parts together and runs them until SIGTERM.
 
-Start: settings ─▶ lock ─▶ journal ─▶ restore ─▶ replay queued DELs ─▶ socket ─▶ join, converge, reap, reconcile.
+Start: settings ─▶ lock ─▶ journal ─▶ addresses of the boot before ─▶ restore ─▶ replay queued DELs ─▶ socket ─▶ join,
+converge, reap, reconcile.
 The socket opens before the cluster is joined: an ADD gets "try again later" with the reason, which says more than a
 refused connection, and DELs are done.
 
@@ -15,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from ipam_daemon import health, settings
 from ipam_daemon.agent import Agent
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.delqueue import DelQueue
+from ipam_daemon.held import HeldFile, HeldKeeper
 from ipam_daemon.identity import boot_id, node_id, take_lock
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
@@ -54,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = settings.read(arguments.config, arguments.node)
         logs.configure(chosen.log_level)
         asyncio.run(_run(chosen))
-    except (PodwireError, BaseExceptionGroup) as error:
+    except (PodwireError, OSError, sqlite3.Error, BaseExceptionGroup) as error:
         for each in _leaves(error):
-            if not isinstance(each, PodwireError):
+            if not isinstance(each, PodwireError | OSError | sqlite3.Error):
                 raise
             print(f"podwire-ipamd: {each}", file=sys.stderr)
         return 1
@@ -93,6 +96,8 @@ async def _run(chosen: Settings) -> None:
             metrics=metrics,
         )
         status = Status(chosen, agent, attachments, session, journal, metrics)
+        keeper = HeldKeeper(HeldFile(state_dir / "held.json"), journal, attachments, chosen.cooldown)
+        keeper.recall()
         await agent.restore()
         queue = DelQueue(chosen.queue_dir, attachments, metrics, boot)
         await queue.replay()
@@ -114,6 +119,7 @@ async def _run(chosen: Settings) -> None:
                     tasks.create_task(agent.keeper.run_forever()),
                     tasks.create_task(attachments.reap_forever()),
                     tasks.create_task(queue.replay_forever()),
+                    tasks.create_task(keeper.keep_forever()),
                     tasks.create_task(reconciler.run_forever(chosen.reconcile_interval)),
                 ]
                 log.info("started", extra={"fields": {"node": chosen.node, "socket": str(chosen.socket_path)}})
@@ -123,6 +129,8 @@ async def _run(chosen: Settings) -> None:
         finally:
             await server.stop(_GRACE)
             await service.drain()
+            with contextlib.suppress(OSError):
+                await keeper.write()
             with contextlib.suppress(PodwireError):
                 await registry.leave()
     log.info("stopped")

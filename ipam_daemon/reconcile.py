@@ -3,6 +3,9 @@
 A wire dies with its pod's namespace, and a pod without a namespace runs no more. So a journaled wire that the kernel no
 longer has belongs to nobody, and its address is freed after it was missed in two rounds: the runtime's own DEL is
 usually on its way, and comes first. No API is asked, since what an API says of a pod lags behind what runs.
+
+An attachment that is still being added while nobody holds its lock is one whose ADD failed and could not be undone (a
+full disk, say): it is removed. The journal's own file is looked after first.
 """
 
 from __future__ import annotations
@@ -40,15 +43,21 @@ class Reconciler:
     async def round(self) -> None:
         """Looks at every attachment once. One wire at a time, so that an ADD never waits for the whole round.
 
-        What fails is counted and comes again in the next round; the other wires do not wait for it.
+        What fails is counted and comes again in the next round; the other wires do not wait for it. Raises
+        JournalDamaged, which the next daemon's start mends.
         """
+        if self._journal.look_after():
+            self._metrics.repairs.labels("journal").inc()
+            log.error("the journal's file was gone; it is written again")
         moment = boottime_ns()
         missed = set()
         for attachment in self._journal.attachments():
-            if attachment.state is not AttachmentState.ATTACHED or attachment.created_ns >= moment:
+            if attachment.created_ns >= moment:
                 continue
             try:
-                if await self._look(attachment, moment):
+                if attachment.state is AttachmentState.ADDING:
+                    await self._attachments.forget(attachment, moment)
+                elif await self._look(attachment, moment):
                     missed.add(attachment.key)
             except (CniError, sqlite3.Error) as error:
                 self._metrics.repairs.labels("failed").inc()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import podwire
 from ipam_daemon.agent import Agent
 from ipam_daemon.attachments import Attachments
@@ -48,7 +46,7 @@ class Status:
                     pool=use.block.pool,
                     **{state: getattr(use, state) for state in _STATES},
                 )
-                for use in self._attachments.allocator.use(time.time())
+                for use in self._attachments.uses()
             ],
             etcd=agent_pb2.EtcdStatus(
                 connected=self._session.connected,
@@ -64,7 +62,7 @@ class Status:
     def refresh_metrics(self) -> None:
         """Brings the gauges up to date, for a scrape."""
         metrics = self._metrics
-        for use in self._attachments.allocator.use(time.time()):
+        for use in self._attachments.uses():
             for state in _STATES:
                 metrics.addresses.labels(use.block.pool, str(use.block.cidr), state).set(getattr(use, state))
         metrics.attachments.set(len(self._journal.attachments()))

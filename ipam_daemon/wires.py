@@ -25,6 +25,7 @@ from typing import Any
 from pyroute2.netlink.exceptions import NetlinkError
 
 from ipam_daemon.errors import InterfaceExists, InvalidNetns, PlumbingFailed, TryAgainLater
+from ipam_daemon.faults import point
 from ipam_daemon.model import Address, Attachment, Network, host_mac
 from ipam_daemon.netlink import NetlinkThread, container, index_of, naming, tolerating
 from ipam_daemon.plan import BRIDGE, alias_of, attachment_of
@@ -76,8 +77,11 @@ class Wires:
     def _make(self, attachment: Attachment, netns: int, gateways: Mapping[Network, Address]) -> None:
         self._make_pair(attachment, netns)
         try:
+            point("add.pair-made")
             self._configure_container(attachment, netns, gateways)
+            point("add.pod-configured")
             self._configure_port(attachment)
+            point("add.port-configured")
             self._await_carrier(attachment.host_ifname)
         except BaseException:
             self.delete(attachment.host_ifname)
