@@ -48,10 +48,13 @@ async def answer(request: web.Request, store: Store, find: FindLog, pod: Object)
         await response.prepare(request)
         text = data if tail is None else b"".join(data.splitlines(keepends=True)[len(data.splitlines()) - tail :])
         await response.write(text if limit is None else text[:limit])
-        while query.get("follow") == "true" and _may_grow(store, pod, container):
-            await asyncio.sleep(_LOOK_SECONDS)
+        following = query.get("follow") == "true"
+        while following:
+            following = _may_grow(store, pod, container)  # asked before reading: its last words are read, too
             if more := file.read():
                 await response.write(more)
+            if following:
+                await asyncio.sleep(_LOOK_SECONDS)
     return response
 
 
