@@ -104,7 +104,7 @@ class FakeRegistry:
         return str(self.store.breaks)
 
     def recall(self, seen: str) -> None:
-        self._breaks = int(seen)
+        self._breaks = int(seen or self._breaks)
 
     async def restored(self) -> str:
         event = asyncio.Event()

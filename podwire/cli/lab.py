@@ -105,7 +105,6 @@ def wanted_lab(arguments: argparse.Namespace) -> LabState:
     for flag, value, known in (
         ("--backend", arguments.backend, "vxlan"),
         ("--proxy", arguments.proxy, "none"),
-        ("--etcd", arguments.etcd, 1),
         ("--kube-apiserver", arguments.kube_apiserver, None),
     ):
         if value != known:

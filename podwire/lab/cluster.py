@@ -32,7 +32,7 @@ from podwire.lab.supervisor import ApiAddress, find_log
 from podwire.lab.workloads import condition, is_controlled_by
 
 SUPERVISOR = "supervisor"
-ETCD = "etcd"
+ETCD = "etcd"  # the only member; of three each goes by its name
 _START_SECONDS = 30.0
 _KILL_SECONDS = 10.0
 
@@ -78,7 +78,8 @@ def _build(lab: LabState, say: Say) -> None:
         node.start_daemon(lab, each.name)
     wait_supervisor(lab)
     for each in lab.nodes:
-        _still_runs(lab, ETCD)
+        for member in lab.etcd:
+            _still_runs(lab, member.role)
         node.wait_daemon(lab, each.name)
 
 
@@ -124,16 +125,33 @@ def _members(name: str) -> list[int]:
 
 
 def start_etcd(lab: LabState) -> None:
-    """Starts etcd in the control namespace."""
-    member = EtcdServer(
-        lab.files.etcd,
-        name="etcd1",
-        address=str(names.CONTROL_ADDRESS),
-        client_port=ETCD_PORT,
-        peer_port=ETCD_PORT + 1,
-        prefix=("nsenter", f"--net={lab.netns('control')}", "--"),
-    )
-    process.start(lab.files, ETCD, member.command())
+    """Starts the members of etcd that do not run. Each finds the data that it had."""
+    for member in lab.etcd:
+        running = process.recorded(lab.files, member.role)
+        if running is not None and running.alive:
+            continue
+        server = EtcdServer(
+            lab.files.etcd,
+            name=member.name,
+            address=member.address,
+            client_port=ETCD_PORT,
+            peer_port=ETCD_PORT + 1,
+            prefix=("nsenter", f"--net={lab.netns(member.part)}", "--"),
+            members={each.name: each.peer_url for each in lab.etcd},
+        )
+        process.start(lab.files, member.role, server.command())
+
+
+def kill_etcd(lab: LabState, name: str) -> None:
+    """Ends one member as a power cut would, and waits until it is gone. Raises PodwireError when there is none."""
+    for member in lab.etcd:
+        running = process.recorded(lab.files, member.role)
+        if member.name == name and running is not None:
+            running.kill()
+            if not running.wait_gone(_KILL_SECONDS):
+                raise PodwireError(f"{name} (process {running.pid}) is still there after {_KILL_SECONDS:.0f} s")
+            return
+    raise PodwireError(f"lab {lab.name} has no etcd member {name!r}; it has {', '.join(m.name for m in lab.etcd)}")
 
 
 def start_supervisor(lab: LabState) -> None:

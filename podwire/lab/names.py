@@ -22,6 +22,7 @@ NETNS_FOLDER = Path("/run/netns")
 
 UNDERLAY = ipaddress.IPv4Network("172.31.0.0/24")
 CONTROL_ADDRESS = UNDERLAY[2]
+ETCD_ADDRESSES = (UNDERLAY[3], UNDERLAY[4], UNDERLAY[5])  # of the members of a cluster; a single one is in `control`
 OUTSIDE_ADDRESS = UNDERLAY[250]
 # What lies beyond the underlay, as the internet does: nodes reach it by their default route, over the outside host.
 BEYOND_ADDRESS = ipaddress.IPv4Address("198.51.100.1")
@@ -58,7 +59,7 @@ def namespace_prefix(lab: str) -> str:
 
 
 def namespace(lab: str, part: str) -> str:
-    """The network namespace of a part: a node's name, `underlay`, `control` or `outside`."""
+    """The network namespace of a part: a node's name, `underlay`, `control`, `outside`, or `etcd<n>` of several."""
     return f"{namespace_prefix(lab)}{part}"
 
 

@@ -35,6 +35,25 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
 
 
+class EtcdMember(msgspec.Struct, frozen=True, kw_only=True):
+    """A member of the lab's etcd. `part` is the namespace that it is in, `role` what its process is recorded as."""
+
+    name: str
+    part: str
+    role: str
+    address: str
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients reach it."""
+        return f"http://{self.address}:{names.ETCD_PORT}"
+
+    @property
+    def peer_url(self) -> str:
+        """Where the other members reach it."""
+        return f"http://{self.address}:{names.ETCD_PORT + 1}"
+
+
 class LabState(msgspec.Struct, frozen=True, kw_only=True):
     """A lab as it was asked for. `complete` is False until the first `up` has got through."""
 
@@ -54,12 +73,22 @@ class LabState(msgspec.Struct, frozen=True, kw_only=True):
         return LabFiles(self.name)
 
     @property
+    def etcd(self) -> tuple[EtcdMember, ...]:
+        """The members of etcd: one in `control`, or several with a namespace each, so that they can be partitioned."""
+        if self.etcd_members == 1:
+            return (EtcdMember(name="etcd1", part="control", role="etcd", address=str(names.CONTROL_ADDRESS)),)
+        return tuple(
+            EtcdMember(name=f"etcd{number}", part=f"etcd{number}", role=f"etcd{number}", address=str(address))
+            for number, address in enumerate(names.ETCD_ADDRESSES[: self.etcd_members], start=1)
+        )
+
+    @property
     def etcd_endpoints(self) -> tuple[str, ...]:
         """Where the nodes reach etcd."""
-        return (f"http://{names.CONTROL_ADDRESS}:{names.ETCD_PORT}",)
+        return tuple(member.endpoint for member in self.etcd)
 
     def netns(self, part: str) -> Path:
-        """The path of the network namespace of a node, or of `underlay`, `control`, `outside`."""
+        """The path of the network namespace of a node, or of `underlay`, `control`, `outside`, `etcd<n>`."""
         return names.netns_path(names.namespace(self.name, part))
 
     def pod_netns(self, namespace: str, pod: str) -> Path:

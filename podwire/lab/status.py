@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from podwire.lab import cluster
+from podwire.lab import cluster, process
 from podwire.lab.agent import daemon_status
 from podwire.lab.api.kinds import PODS, SERVICES
 from podwire.lab.node import METRICS_PORT
-from podwire.lab.state import LabState, NodeState
+from podwire.lab.state import EtcdMember, LabState, NodeState
 
 Object = dict[str, Any]
 
@@ -28,9 +28,21 @@ def status(lab: LabState) -> Object:
         "name": lab.name,
         "api": {"url": address.url, "kubeconfig": str(lab.files.kubeconfig)},
         "etcd": list(lab.etcd_endpoints),
+        "etcd_members": [member_status(lab, member) for member in lab.etcd],
         "nodes": [node_status(lab, node) for node in lab.nodes],
         "pods": [pod_status(lab, pod) for pod in client.list(PODS)],
         "services": [service_status(service) for service in client.list(SERVICES)],
+    }
+
+
+def member_status(lab: LabState, member: EtcdMember) -> Object:
+    """One of `etcd_members`. `running` is whether its process is there, not whether it serves."""
+    running = process.recorded(lab.files, member.role)
+    return {
+        "name": member.name,
+        "netns": str(lab.netns(member.part)),
+        "endpoint": member.endpoint,
+        "running": running is not None and running.alive,
     }
 
 
@@ -92,6 +104,7 @@ def service_status(service: Object) -> Object:
 def show(shown: Object, console: Console) -> None:
     """Prints a status for people."""
     console.print(f"lab [bold]{shown['name']}[/]   kubeconfig {shown['api']['kubeconfig']}", highlight=False)
+    _table(console, "etcd", shown["etcd_members"], ("name", "running", "endpoint", "netns"))
     _table(console, "nodes", shown["nodes"], ("name", "ready", "addresses", "blocks", "netns"))
     _table(console, "pods", shown["pods"], ("namespace", "name", "node", "phase", "addresses"))
     _table(console, "services", shown["services"], ("namespace", "name", "type", "cluster_ips", "node_ports"))

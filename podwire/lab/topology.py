@@ -1,7 +1,8 @@
 """The lab's namespaces and links: planned as `ip -batch` text (pure), applied by one `ip` process per namespace.
 
     underlay   bridge br0 (MTU 1500, firewall hooks off: it is a switch and nothing else)
-      ├─ control   eth0 172.31.0.2/24     etcd, API server
+      ├─ control   eth0 172.31.0.2/24     API server, and etcd if there is one member
+      ├─ etcd<n>   eth0 172.31.0.<2+n>/24 a member of three
       ├─ node<n>   eth0 172.31.0.1<n>/24  default route over outside, as over a router
       └─ outside   eth0 172.31.0.250/24   and 198.51.100.1 beyond it, for what leaves the cluster
 
@@ -34,11 +35,12 @@ class Host(msgspec.Struct, frozen=True):
 def plan_hosts(state: LabState) -> tuple[Host, ...]:
     """Every host on the underlay, with its addresses and routes."""
     control = Host("control", _host_commands(str(names.CONTROL_ADDRESS)))
+    members = (Host(member.part, _host_commands(member.address)) for member in state.etcd if member.part != "control")
     beyond = f"address add {names.BEYOND_ADDRESS}/32 dev lo"
     outside = Host("outside", (*_host_commands(str(names.OUTSIDE_ADDRESS)), beyond))
     default = f"route add default via {names.OUTSIDE_ADDRESS}"
     nodes = (Host(node.name, (*_host_commands(node.addresses[0]), default)) for node in state.nodes)
-    return (control, *nodes, outside)
+    return (control, *members, *nodes, outside)
 
 
 def _host_commands(address: str) -> tuple[str, ...]:
