@@ -42,6 +42,7 @@ from ipam_daemon.wires import Wires
 from podwire.errors import TryAgain
 
 _CONVERGED = "converged"  # in the journal: the kernel has the routes to the peers, perhaps from an earlier daemon
+_SEEN = "etcd"  # in the journal: how far etcd has come, so that a restored one is known
 _FIRST_RETRY, _LAST_RETRY = 0.2, 5.0
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class Agent:
         self._converging = asyncio.Lock()
         self._changed = asyncio.Event()
         self._entered = asyncio.Event()
+        self._joining = asyncio.Lock()
         self.keeper = BlockKeeper(
             registry=registry,
             attachments=attachments,
@@ -127,6 +129,7 @@ class Agent:
     async def restore(self) -> None:
         """Takes up what the journal says, before any call is answered. Needs no etcd."""
         await self._adopt_wires()
+        self._registry.recall(self._journal.meta(_SEEN) or "")
         self._blocks = self._journal.blocks()
         self._attachments.use_blocks(self._blocks)
         undone = await self._attachments.resume()
@@ -161,16 +164,7 @@ class Agent:
 
         Raises a PodwireError that trying again does not mend: the node's name is another's, the configuration differs.
         """
-        delay = _FIRST_RETRY
-        while True:
-            try:
-                await self._join()
-                break
-            except (TryAgain, PoolExhausted) as error:
-                self._attachments.waiting_for = str(error)
-                log.warning("joining the cluster waits: %s", error)
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, _LAST_RETRY)
+        await self._join_patiently()
         async with aclosing(self._registry.watch_nodes()) as changes:
             async for records in changes:
                 if self._settings.node in records:
@@ -178,6 +172,31 @@ class Agent:
                     self._changed.set()
                 else:
                     await self._republish()
+
+    async def hold_blocks(self) -> None:
+        """Claims the node's blocks again whenever etcd was wiped or restored, until cancelled."""
+        await self._entered.wait()
+        while True:
+            why = await self._registry.restored()
+            log.error("etcd was wiped or restored (%s); saying again which blocks are this node's", why)
+            self._metrics.repairs.labels("etcd-restored").inc()
+            await self._join_patiently()
+
+    async def _join_patiently(self) -> None:
+        delay = _FIRST_RETRY
+        while True:
+            try:
+                await self._join_once()
+                return
+            except (TryAgain, PoolExhausted) as error:
+                self._attachments.waiting_for = str(error)
+                log.warning("joining the cluster waits: %s", error)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _LAST_RETRY)
+
+    async def _join_once(self) -> None:
+        async with self._joining, self.keeper.pausing():
+            await self._join()
 
     async def _republish(self) -> None:
         """A list of nodes that lacks this one is not believed: etcd was wiped or restored. It is told again who is
@@ -200,19 +219,24 @@ class Agent:
             self._entered.set()
             point("join.entered")
         blocks = await self._own_blocks()
+        await self._use_owned(blocks)  # before any claim, which may wait: what is another's is given up at once
         for pool in self._config.pools:
             if not any(block.pool == pool.name for block in blocks):
                 blocks.append(await self._claim_block(pool))
-        self._journal.set_blocks(blocks)
-        self._blocks = tuple(blocks)
-        self._attachments.use_blocks(blocks)
-        if await self._attachments.fence():
-            log.error("pods sit in a block that went to another node; they are cut off, and no pod is added")
+                await self._use_owned(blocks)
         await self._registry.publish(self._record(tuple(blocks)))
         point("join.published")
         self.keeper.begin(self._config, blocks)
         log.info("joined", extra={"fields": {"node": settings.node, "blocks": [str(b.cidr) for b in blocks]}})
         self._changed.set()
+
+    async def _use_owned(self, blocks: Sequence[Block]) -> None:
+        self._journal.set_blocks(blocks)
+        self._journal.set_meta(_SEEN, self._registry.seen())
+        self._blocks = tuple(blocks)
+        self._attachments.use_blocks(blocks)
+        if await self._attachments.fence():
+            log.error("pods sit in a block that went to another node; they are cut off, and no pod is added")
 
     async def _claim_block(self, pool: Pool) -> Block:
         block = await self._registry.claim_block(pool, self._settings.node, self._node_id, self._generation)
@@ -246,6 +270,7 @@ class Agent:
                     extra={"fields": {"block": str(block.cidr)}},
                 )
             else:
+                self._metrics.repairs.labels("block-conflict").inc()
                 log.error(
                     "a block of this node went to another", extra={"fields": {"block": str(block.cidr), "node": holder}}
                 )
@@ -281,6 +306,7 @@ class Agent:
                 await asyncio.wait_for(self._changed.wait(), self._settings.reconcile_interval)
             except TimeoutError:
                 resync = True
+                self._journal.set_meta(_SEEN, self._registry.seen())
 
     async def _converge(self, resync: bool) -> None:
         async with self._converging:

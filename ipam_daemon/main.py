@@ -115,6 +115,7 @@ async def _run(chosen: Settings) -> None:
                 work = [
                     tasks.create_task(agent.follow_registry()),
                     tasks.create_task(agent.hold_name()),
+                    tasks.create_task(agent.hold_blocks()),
                     tasks.create_task(agent.converge_forever()),
                     tasks.create_task(agent.keeper.run_forever()),
                     tasks.create_task(attachments.reap_forever()),
