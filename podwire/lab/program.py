@@ -22,9 +22,8 @@ from typing import Any
 import msgspec
 
 from podwire.errors import TryAgain
-from podwire.lab import echo
 
-_ECHO = Path(echo.__file__)
+_ECHO = Path(__file__).with_name("echo.py")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _VARIABLE = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
 _MAP_ENTRY = re.compile(r"metadata\.(labels|annotations)\['(.+)'\]")

@@ -75,7 +75,7 @@ def test_logs_whole_in_part_and_missing(tmp_path: Path) -> None:
     (tmp_path / "web.c").write_text("one\ntwo\nthree\n")
     (tmp_path / "web.c.previous").write_text("zero\n")
 
-    async def story(_: Store, call: Call) -> None:
+    async def story(_store: Store, call: Call) -> None:
         for query, code, wanted in (
             ("container=c", 200, "one\ntwo\nthree\n"),
             ("container=c&tailLines=2", 200, "two\nthree\n"),
@@ -124,7 +124,7 @@ def test_a_log_that_is_followed_ends_with_its_container(tmp_path: Path) -> None:
 
 
 def test_discovery_names_the_subresources(tmp_path: Path) -> None:
-    async def story(_: Store, call: Call) -> None:
+    async def story(_store: Store, call: Call) -> None:
         _, apps = await call("GET", "/apis/apps/v1")
         scales = {one["name"]: one for one in apps["resources"] if one["name"].endswith("/scale")}
         assert scales.keys() == {"deployments/scale", "replicasets/scale"}

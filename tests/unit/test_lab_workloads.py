@@ -247,8 +247,12 @@ def test_old_replica_sets_are_kept_up_to_the_limit(world: World) -> None:
 def test_a_replica_set_of_its_own_and_a_pod_that_is_relabelled_out_of_it(world: World) -> None:
     selector = {"matchExpressions": [{"key": "app", "operator": "In", "values": ["web"]}]}
     spec = {"replicas": 2, "selector": selector, "template": template()}
+    bare = {"metadata": {"name": "bare", "labels": {"app": "web"}}, "spec": {"containers": [{"name": "c"}]}}
+    world.store.create(PODS, bare)
     world.store.create(REPLICA_SETS, {"metadata": {"name": "alone"}, "spec": spec})
     world.run_all()
+    assert len(world.pods()) == 3, "one that was made by hand is not adopted"
+    world.store.delete(PODS, "bare", "default")
     taken = world.pods()[0]
     world.store.update(PODS, {**taken, "metadata": {**taken["metadata"], "labels": {"app": "debug"}}})
     world.run_all()
