@@ -59,7 +59,9 @@ class Pings:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def lost(self) -> int:
         self._process.send_signal(2)  # ping prints its summary on SIGINT
