@@ -229,17 +229,24 @@ class Reference(Contender):
 KINDS: dict[str, tuple[type[Contender], str]] = {"podwire": (Podwire, "node1"), "reference": (Reference, "node2")}
 
 
-def rows(versions: Sequence[str] = VERSIONS, not_by_reference: str = "") -> pytest.MarkDecorator:
+def rows(
+    versions: Sequence[str] = VERSIONS, not_by_reference: str = "", ends_first: bool = False
+) -> pytest.MarkDecorator:
     """Runs a test, with `it` as its contender, in every one of `versions`: against Podwire, and against the reference
-    in those that it speaks, unless a reason is given why it does something else."""
+    in those that it speaks, unless a reason is given why it does something else. With `ends_first` the versions between
+    a contender's oldest and newest are slow tests: for tests that are tables themselves."""
     lacking = pytest.mark.skipif(not (DEBIAN / "bridge").exists(), reason="needs Debian's containernetworking-plugins")
-    ours = [pytest.param(("podwire", version), id=f"{version}-podwire") for version in versions]
-    theirs = [
-        pytest.param(("reference", version), id=f"{version}-reference", marks=lacking)
-        for version in versions
-        if version in DEBIAN_VERSIONS and not not_by_reference
-    ]
-    return pytest.mark.parametrize("it", ours + theirs, indirect=True)
+    spoken = {"podwire": list(versions), "reference": [each for each in versions if each in DEBIAN_VERSIONS]}
+    if not_by_reference:
+        del spoken["reference"]
+    params = []
+    for kind, all_of_them in spoken.items():
+        for version in all_of_them:
+            marks = [lacking] if kind == "reference" else []
+            if ends_first and version not in (all_of_them[0], all_of_them[-1]):
+                marks.append(pytest.mark.slow)
+            params.append(pytest.param((kind, version), id=f"{version}-{kind}", marks=marks))
+    return pytest.mark.parametrize("it", params, indirect=True)
 
 
 def attachments(lab: LabState, node_name: str) -> Sequence[agent_pb2.Attachment]:
@@ -262,8 +269,9 @@ def everything(it: Contender) -> dict[str, object]:
         "addresses": [(b.cidr, b.used, b.releasing, b.cooling + b.free) for b in status(lab, name).blocks],
         "queue": sorted(os.listdir(queue)),
         "run": sorted(os.listdir(lab.files.node_path(name, "/run/podwire"))),
+        "namespaces": topology.namespaces(lab.name),
         "kernel": it.on_node(
-            "sh", "-c", "ip -br link; ip -br addr; ip route; ip -6 route; nft -s list ruleset; ls /run/netns"
+            "sh", "-c", "ip -br link; ip -br addr; ip route; ip -6 route; nft -s list ruleset"
         ).splitlines(),
     }
 

@@ -176,7 +176,7 @@ def wish(it: Contender, box: Container, offset: int = FIFTH) -> str:
     return str(network[offset])
 
 
-@rows()
+@rows(ends_first=True)
 def test_an_address_is_asked_for_in_three_ways(it: Contender, box: Container) -> None:
     """runtimeConfig goes before args.cni, and that before CNI_ARGS."""
     first, second, third = (wish(it, box, offset) for offset in (-3, -4, -5))
@@ -192,7 +192,10 @@ def test_an_address_is_asked_for_in_three_ways(it: Contender, box: Container) ->
         it.wait_held(set())
 
 
-@rows(not_by_reference="host-local takes all of them for one request, and refuses two addresses of one range")
+@rows(
+    not_by_reference="host-local takes all of them for one request, and refuses two addresses of one range",
+    ends_first=True,
+)
 def test_the_runtimes_wish_goes_first(it: Contender, box: Container) -> None:
     first, second, third = (wish(it, box, offset) for offset in (-3, -4, -5))
     args = {"cni": {"ips": [second], "mac": "02:00:00:00:00:02"}}
@@ -217,7 +220,7 @@ MACS: dict[str, tuple[Config, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize(("config", "environment"), MACS.values(), ids=MACS.keys())
-@rows()
+@rows(ends_first=True)
 def test_a_mac_is_asked_for(it: Contender, box: Container, config: Config, environment: dict[str, str]) -> None:
     result = it.add(box, it.config(**config), **environment)
     assert container_end(result)["mac"] == eth0(box)["address"] == "02:00:00:00:00:09"
@@ -268,7 +271,7 @@ FAILING: dict[str, tuple[Config, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize(("config", "environment"), FAILING.values(), ids=FAILING.keys())
-@rows()
+@rows(ends_first=True)
 def test_an_add_that_fails_leaves_nothing(
     it: Contender, box: Container, config: Config, environment: dict[str, str]
 ) -> None:
@@ -333,7 +336,7 @@ DELETIONS: dict[str, Deletion] = {
 
 
 @pytest.mark.parametrize("way", DELETIONS.values(), ids=DELETIONS.keys())
-@rows()
+@rows(ends_first=True)
 def test_del_takes_everything_away(it: Contender, box: Container, way: Deletion) -> None:
     result = it.add(box)
     way(it, box, result)
@@ -357,7 +360,7 @@ NETNS_LOST: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("environment", NETNS_LOST.values(), ids=NETNS_LOST.keys())
-@rows()
+@rows(ends_first=True)
 def test_del_frees_the_address_without_the_namespace(
     it: Contender, box: Container, environment: dict[str, str]
 ) -> None:
@@ -411,7 +414,7 @@ DAMAGE: dict[str, tuple[str, str, str]] = {  # where, `ip …`, why the referenc
 
 
 @pytest.mark.parametrize(("where", "words", "unseen"), DAMAGE.values(), ids=DAMAGE.keys())
-@rows(CHECKED)
+@rows(CHECKED, ends_first=True)
 def test_check_sees_what_was_taken_apart(it: Contender, box: Container, where: str, words: str, unseen: str) -> None:
     if it.kind == "reference" and unseen:
         pytest.skip(f"the reference {unseen}")

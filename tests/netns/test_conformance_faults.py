@@ -1,4 +1,4 @@
-"""The contract of a daemon in trouble: GC goes on past what fails, STATUS tells cut-off pods from a node that is full."""
+"""The contract of a daemon in trouble: GC goes on past what fails, STATUS tells cut-off pods from a full node."""
 
 from __future__ import annotations
 
