@@ -18,7 +18,10 @@ COMMANDS = {
     "lab": "a cluster of network namespaces on this machine",
     "install": "lay the CNI executable and its configuration down on this node",
     "uninstall": "take them off this node again",
+    "etcd-role": "print the etcdctl commands that give a node's daemon its role",
     "status": "what the daemon of this node says about itself",
+    "ipam": "what etcd, journal, kernel and runtime say about this node, side by side",
+    "node": "the nodes of the cluster; forget one that is gone for good",
 }
 
 
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
     chosen = next((word for word in arguments if word in COMMANDS), None)
-    module = importlib.import_module(f"podwire.cli.{chosen}") if chosen else None
+    module = importlib.import_module(f"podwire.cli.{chosen.replace('-', '_')}") if chosen else None
     if module is not None and chosen is not None:
         module.add_arguments(parsers[chosen])
     parsed = parser.parse_args(arguments)

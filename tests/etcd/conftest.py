@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import shutil
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from podwire.lab.etcd import EtcdServer
+from tests.etcd.guarded import Guarded, guarded, need
 
 T = TypeVar("T")
 _PREFIXES = itertools.count()
@@ -138,6 +138,14 @@ def until() -> Callable[[Callable[[], Awaitable[object]]], Awaitable[None]]:
     return wait
 
 
+@pytest.fixture
+def own_guarded(tmp_path: Path) -> Iterator[Guarded]:
+    """A server with users, for this test alone."""
+    with guarded(tmp_path) as server:
+        made = Guarded(server)
+        made.enable()
+        yield made
+
+
 def _need_etcd() -> None:
-    if shutil.which("etcd") is None:
-        pytest.skip("etcd is not installed (Debian: apt install etcd-server)")
+    need("etcd")

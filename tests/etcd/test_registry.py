@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, Protocol
 
 import pytest
 
-from ipam_daemon.model import ClusterConfig, NodeRecord, Pool, VxlanBackend
-from ipam_daemon.registry import ConfigMismatch, EtcdRegistry, NodeNameTaken, PoolExhausted, Registry
+from ipam_daemon.model import ClusterConfig, NodeRecord, Pool, VxlanBackend, encode
+from ipam_daemon.registry import ROOT, ConfigMismatch, EtcdRegistry, NodeNameTaken, PoolExhausted, Registry
 from ipam_daemon.registry_fake import FakeRegistry, FakeStore
 from podwire.config import ConfigError
 from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable
 from podwire.lab.etcd import EtcdServer
+from tests.etcd.guarded import Guarded, guarded
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Join = Callable[[], Awaitable[Registry]]
@@ -37,8 +38,8 @@ class World(Protocol):
 
 
 class EtcdWorld:
-    def __init__(self, server: EtcdServer, prefix: str, stack: AsyncExitStack) -> None:
-        self.server, self.prefix, self.stack = server, prefix, stack
+    def __init__(self, server: EtcdServer, prefix: str, stack: AsyncExitStack, user: str = "") -> None:
+        self.server, self.prefix, self.stack, self._user = server, prefix, stack, user
         self.sessions: dict[int, EtcdSession] = {}
 
     async def join(self) -> Registry:
@@ -51,7 +52,8 @@ class EtcdWorld:
         await self.sessions[id(registry)].close()
 
     async def _registry(self, endpoint: str) -> Registry:
-        session = await self.stack.enter_async_context(EtcdSession(EtcdOptions(endpoints=(endpoint,))))
+        options = EtcdOptions(endpoints=(endpoint,), user=self._user, password=self._user)
+        session = await self.stack.enter_async_context(EtcdSession(options))
         registry = EtcdRegistry(session, root=self.prefix)
         self.sessions[id(registry)] = session
         return registry
@@ -72,15 +74,37 @@ class FakeWorld:
         """A fake has no process to kill."""
 
 
-@pytest.fixture(params=["etcd", "fake"])
+@pytest.fixture(scope="module")
+def with_roles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """An etcd on which the user "nodes" has the roles of the nodes a, b and c, and no other."""
+    folder = tmp_path_factory.mktemp("etcd")
+    with guarded(folder) as server:
+        made = Guarded(server)
+        made.enable()
+        (folder / "password").write_text("nodes")
+        made.recipe("a", "--user", "nodes", "--password-file", str(folder / "password"))
+        for name in ("b", "c"):
+            made.recipe(name)
+            made.etcdctl("user", "grant-role", "nodes", f"podwire-{name}")
+        yield made
+
+
+@pytest.fixture(params=["etcd", "roles", "fake"])
 def tell(request: pytest.FixtureRequest, run: Run, prefix: str) -> Callable[[Callable[[World], Awaitable[None]]], None]:
     """Runs a story in a world of its own."""
-    server = request.getfixturevalue("server") if request.param == "etcd" else None
+    user = ""
+    if request.param == "roles":
+        with_roles = request.getfixturevalue("with_roles")
+        server, prefix, user = with_roles.server, ROOT, "nodes"
+        with_roles.etcdctl("del", "--prefix", ROOT)
+        with_roles.etcdctl("put", f"{ROOT}config", encode(CONFIG).decode())  # nodes only read it
+    else:
+        server = request.getfixturevalue("server") if request.param == "etcd" else None
 
     def tell_story(story: Callable[[World], Awaitable[None]]) -> None:
         async def whole() -> None:
             async with AsyncExitStack() as stack:
-                await story(FakeWorld() if server is None else EtcdWorld(server, prefix, stack))
+                await story(FakeWorld() if server is None else EtcdWorld(server, prefix, stack, user))
 
         run(whole())
 
