@@ -171,7 +171,6 @@ def test_up_that_fails_says_why_and_leaves_nothing(name: str, tmp_path: Path, br
     [
         (["--backend", "direct"], "--backend direct is not there yet; there is vxlan"),
         (["--proxy", "nftables"], "--proxy nftables is not there yet; there is none"),
-        (["--etcd", "3"], "--etcd 3 is not there yet"),
         (["--kube-apiserver", "/bin/true"], "--kube-apiserver /bin/true is not there yet"),
         (["--pod-cidr", "10.244.0.1/16"], "has host bits set"),
         (["--pod-cidr", "fd00::/48"], "IPv6 is not there yet"),
