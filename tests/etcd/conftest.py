@@ -18,12 +18,16 @@ _PREFIXES = itertools.count()
 
 
 class Cable:
-    """A TCP relay to a server, which can be pulled out and put back: connections break, then are refused."""
+    """A TCP relay to a server, which can be pulled out and put back: connections break, then are refused.
+
+    `delay` in seconds is for what the server says, from when it is set: a member that is slow to answer.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self._host, _, port = endpoint.removeprefix("http://").rpartition(":")
         self._to = int(port)
         self._port = 0
+        self.delay = 0.0
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -53,13 +57,15 @@ class Cable:
         far_reader, far_writer = await asyncio.open_connection(self._host, self._to)
         self._writers |= {writer, far_writer}
         try:
-            await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+            await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer, back=True))
         finally:
             self._writers -= {writer, far_writer}
 
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, back: bool = False) -> None:
         try:
             while data := await reader.read(65536):
+                if back and self.delay:
+                    await asyncio.sleep(self.delay)
                 writer.write(data)
         except OSError:
             pass

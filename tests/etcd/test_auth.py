@@ -197,6 +197,11 @@ def test_a_configuration_that_a_node_may_not_write_is_waited_for(node: Guarded, 
     run(story())
 
 
+def test_the_configuration_in_the_documentation_is_what_a_daemon_writes() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "etcd.md").read_text()
+    assert f"etcdctl put {ROOT}config '{encode(CONFIG).decode()}'" in text
+
+
 def test_a_node_with_its_role_tells_the_others_that_the_store_was_restored(
     node: Guarded, run: Run, until: Callable[..., Awaitable[None]]
 ) -> None:

@@ -159,6 +159,34 @@ async def until_put(etcd: EtcdSession, key: str) -> None:
             await asyncio.sleep(0.01)
 
 
+def test_a_member_that_answers_late_is_left_for_another_and_no_lease_is_lost(
+    server: EtcdServer, prefix: str, run: Run, cable: Any
+) -> None:
+    """It accepts connections and answers everything, five seconds late."""
+    attempts = Attempts()
+
+    async def story() -> None:
+        async with (
+            cable(server.endpoint) as slow,
+            connect(slow.endpoint, server.endpoint, observer=attempts) as etcd,
+            aclosing(etcd.watch_prefix(prefix)) as watch,
+        ):
+            lease = await etcd.grant(6)
+            await etcd.put(prefix + "kept", b"", lease=lease.id)
+            renewal = asyncio.create_task(etcd.keep_alive(lease))
+            await anext(watch)
+            slow.delay = 5.0
+            assert await etcd.get(prefix + "kept"), "the read itself goes over"
+            assert attempts.seen[-1] == (server.endpoint.removeprefix("http://"), "ok")
+            await etcd.put(prefix + "new", b"")
+            changes = await anext(watch)
+            assert isinstance(changes, Changes), "so does the watch, and has lost nothing"
+            assert not renewal.done()
+            assert etcd.history.breaks == 0
+
+    run(story())
+
+
 def test_nobody_there_is_a_typed_error_that_names_the_endpoints(run: Run) -> None:
     async def story() -> None:
         async with connect(NOBODY, "127.0.0.1:2") as etcd:
