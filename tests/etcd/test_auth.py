@@ -70,6 +70,25 @@ def test_a_server_that_restarts_knows_no_token_and_nobody_minds(node: Guarded, r
     run(story())
 
 
+def test_a_watch_that_is_alone_gets_a_new_token_too(node: Guarded, run: Run) -> None:
+    key = f"{ROOT}nodes/a"
+
+    async def story() -> None:
+        async with (
+            connect(node.server, "root", "secret") as other,
+            connect(node.server, "a", "open-sesame") as etcd,
+            aclosing(etcd.watch_prefix(f"{ROOT}nodes/")) as watch,
+        ):
+            await anext(watch)
+            telling = asyncio.create_task(told(watch, key))
+            node.server.kill()
+            node.server.start()
+            await insist(lambda: other.put(key, b"1"))
+            await telling
+
+    run(story())
+
+
 class Outcomes:
     """An observer that keeps what came of each attempt."""
 

@@ -288,6 +288,20 @@ def test_a_node_that_finds_a_block_of_its_own_lost_makes_the_others_wait(tell: T
 # --- of etcd alone ----------------------------------------------------------------------------------------------
 
 
+def test_who_notices_waits_from_that_moment_on(own_server: EtcdServer, run: Run) -> None:
+    """The key that makes the others wait is not there yet."""
+
+    async def story() -> None:
+        async with EtcdSession(EtcdOptions(endpoints=(own_server.endpoint,))) as etcd:
+            registry = EtcdRegistry(etcd, root=ROOT, live_s=LIVE_S, settle_s=SETTLE_S)
+            await registry.agree(CONFIG)
+            etcd.history.broken("as a test says")
+            with pytest.raises(StoreRestored, match="as a test says"):
+                await registry.claim_block(POOL, "a", "id-a", 1)
+
+    run(story())
+
+
 @pytest.mark.parametrize("lost", ["blocks", "nodes"])
 def test_a_store_that_has_overtaken_the_old_one_is_known_by_what_it_lacks(
     lost: str, own_server: EtcdServer, run: Run, tmp_path: Path
