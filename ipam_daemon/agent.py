@@ -120,6 +120,17 @@ class Agent:
         return self._addresses
 
     @property
+    def record(self) -> NodeRecord:
+        """What this node is, as it tells its peers."""
+        return self._record(self._blocks)
+
+    @property
+    def peers(self) -> tuple[NodeRecord, ...]:
+        """The other nodes as etcd last told of them, by name."""
+        others = (record for name, record in (self._records or {}).items() if name != self._settings.node)
+        return tuple(sorted(others, key=lambda record: record.name))
+
+    @property
     def peer_count(self) -> int:
         """Nodes whose pods are reached, this one not counted."""
         return len(self.plan.peers.fdb) if self.plan and self.plan.peers else 0
@@ -134,7 +145,7 @@ class Agent:
         self._attachments.use_blocks(self._blocks)
         undone = await self._attachments.resume()
         if undone:
-            self._metrics.repairs.labels("unfinished-add").inc(undone)
+            self._metrics.repaired("unfinished-add", f"undid {undone} ADDs of the daemon before", undone)
             log.warning("undid %d ADDs that were not finished", undone)
         point("start.restored")
 
@@ -144,7 +155,8 @@ class Agent:
         Killed wires go first: nobody may remember that their addresses are not free.
         """
         await self._thread.run(self._wires.reap, ())
-        journaled = {each.host_ifname for each in (*self._journal.attachments(), *self._journal.releasing())}
+        journaled = {each.host_ifname for each in self._journal.attachments()}
+        journaled |= {each.host_ifname for each in self._journal.releasing()}
         found = await self._thread.run(self._wires.found, time.time())
         lost = [each for each in found if each.host_ifname not in journaled]
         for attachment in lost:
@@ -153,7 +165,7 @@ class Agent:
             else:
                 await self._thread.run(self._wires.delete, attachment.host_ifname)
         if lost or self._journal.set_aside:
-            self._metrics.repairs.labels("journal").inc()
+            self._metrics.repaired("journal", f"took {len(lost)} wires from the kernel into the journal")
             fields = {"set_aside": str(self._journal.set_aside or ""), "attachments": [str(each.key) for each in lost]}
             log.error("the journal lacked wires that the kernel has, and has them again", extra={"fields": fields})
 
@@ -167,11 +179,17 @@ class Agent:
         await self._join_patiently()
         async with aclosing(self._registry.watch_nodes()) as changes:
             async for records in changes:
-                if self._settings.node in records:
+                mine = records.get(self._settings.node)
+                if mine is not None:
                     self._records = records
                     self._changed.set()
-                else:
-                    await self._republish()
+                if mine is None or self._is_altered(mine):
+                    await self._republish(mine)
+
+    def _is_altered(self, mine: NodeRecord) -> bool:
+        """Whether somebody else wrote this node's record; another machine's is for `hold_name` to judge."""
+        ours = self.record
+        return mine.node_id == ours.node_id and msgspec.structs.replace(mine, published=ours.published) != ours
 
     async def hold_blocks(self) -> None:
         """Claims the node's blocks again whenever etcd was wiped or restored, until cancelled."""
@@ -198,12 +216,29 @@ class Agent:
         async with self._joining, self.keeper.pausing():
             await self._join()
 
-    async def _republish(self) -> None:
-        """A list of nodes that lacks this one is not believed: etcd was wiped or restored. It is told again who is
-        here, and meanwhile the kernel keeps what it has of the others."""
-        log.error("etcd has lost this node's record; publishing it again, and keeping the routes to the other nodes")
-        with suppress(TryAgain):
-            await self._registry.publish(self._record(self._blocks))
+    async def _republish(self, mine: NodeRecord | None) -> None:
+        """A list of nodes that lacks this one is not believed: etcd was wiped or restored, or the node was away and the
+        cluster was made to forget it. It joins again, since its blocks may be gone, too; meanwhile the kernel keeps
+        what it has of the others. One attempt: the next list, or `hold_blocks`, brings another."""
+        with suppress(TryAgain, PoolExhausted):
+            async with self._joining, self.keeper.pausing():
+                if mine is not None and not self._is_altered(mine):
+                    return  # a block was claimed or returned meanwhile
+                log.error("etcd has lost this node's record, or has another; joining again")
+                self._metrics.repaired("record", "joined the cluster again: this node's record was not its own")
+                await self._join()
+
+    async def rejoin(self) -> None:
+        """Brings node and etcd to say the same again: blocks that nobody else has are claimed, those that went to
+        others given up and the pods in them cut off, the record is published. Raises TryAgain, PoolExhausted."""
+        if not self._entered.is_set():
+            raise TryAgainLater(f"this node has not joined the cluster yet: {self._attachments.waiting_for}")
+        await self._registry.look_at_name()
+        await self._join_once()
+
+    async def resync(self) -> None:
+        """Brings the kernel to the plan, after reading back all of it. Raises a CniError."""
+        await self._converge(resync=True)
 
     async def hold_name(self) -> None:
         """Waits until the node's name went to another machine, and raises the NodeNameTaken that says so."""
@@ -224,7 +259,7 @@ class Agent:
             if not any(block.pool == pool.name for block in blocks):
                 blocks.append(await self._claim_block(pool))
                 await self._use_owned(blocks)
-        await self._registry.publish(self._record(tuple(blocks)))
+        await self._publish(blocks)
         point("join.published")
         self.keeper.begin(self._config, blocks)
         log.info("joined", extra={"fields": {"node": settings.node, "blocks": [str(b.cidr) for b in blocks]}})
@@ -247,7 +282,7 @@ class Agent:
         """Makes journal, peers and kernel say that these are the node's blocks; only then are new ones handed out."""
         self._journal.set_blocks(blocks)
         point("block.journaled")
-        await self._registry.publish(self._record(tuple(blocks)))
+        await self._publish(blocks)
         point("block.published")
         self._blocks = tuple(blocks)
         await self._converge(resync=False)
@@ -287,14 +322,22 @@ class Agent:
             self._settings.node, self._node_id, self._generation, self._addresses, blocks, podwire.__version__
         )
 
+    async def _publish(self, blocks: Sequence[Block]) -> None:
+        record = self._record(tuple(blocks))
+        await self._registry.publish(msgspec.structs.replace(record, published=time.time()))
+
     # --- the kernel
 
     async def converge_forever(self) -> None:
         """Brings the kernel to the plan whenever the plan changes, and checks it periodically, until cancelled."""
         resync, delay = True, _FIRST_RETRY
+        clock, interval = asyncio.get_running_loop().time, self._settings.reconcile_interval
+        due = clock()
         while True:
             try:
                 await self._converge(resync)
+                if resync:
+                    due = clock() + interval  # changes, however many, do not put it off
                 resync, delay = False, _FIRST_RETRY
             except CniError as error:
                 self._attachments.waiting_for = str(error)
@@ -303,7 +346,7 @@ class Agent:
                 delay, resync = min(2 * delay, _LAST_RETRY), True
                 continue
             try:
-                await asyncio.wait_for(self._changed.wait(), self._settings.reconcile_interval)
+                await asyncio.wait_for(self._changed.wait(), due - clock())
             except TimeoutError:
                 resync = True
                 self._journal.set_meta(_SEEN, self._registry.seen())
@@ -339,7 +382,7 @@ class Agent:
         if done:
             log.info("kernel brought to its plan", extra={"fields": {"done": done}})
             if self.plan is not None:
-                self._metrics.repairs.labels("node").inc(len(done))
+                self._metrics.repaired("node", "; ".join(done), len(done))
         self.plan = plan
         if plan.peers is not None:
             self._journal.set_meta(_CONVERGED, "yes")

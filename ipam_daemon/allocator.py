@@ -127,6 +127,11 @@ class BlockAllocator:
         self._used.add(address)
         return address
 
+    @property
+    def held(self) -> frozenset[Address]:
+        """The addresses that are somebody's: used and releasing."""
+        return frozenset(self._used | self._releasing)
+
     def not_free(self) -> list[Address]:
         """Every address that is used, releasing or cooling."""
         return [*self._used, *self._releasing, *self._cooling]
@@ -199,7 +204,7 @@ class Allocator:
         try:
             for family in families:
                 address = by_family.get(family)
-                got.append(self._allocate_of(family, now) if address is None else self._take(address, now))
+                got.append(self._allocate_of(family, now) if address is None else self.take(address, now))
         except CniError:
             self.give_back(got)
             raise
@@ -229,7 +234,13 @@ class Allocator:
         addresses = [address for each in self._blocks.values() for address in each.not_free()]
         return tuple(sorted(addresses, key=lambda address: (address.version, int(address))))
 
-    def _take(self, address: Address, now: float) -> Interface:
+    @property
+    def held(self) -> frozenset[Address]:
+        """The addresses of all blocks that are somebody's: used and releasing."""
+        return frozenset(address for each in self._blocks.values() for address in each.held)
+
+    def take(self, address: Address, now: float) -> Interface:
+        """Makes one certain address used. Raises AddressUnavailable, saying why it cannot be had."""
         cidr = next((cidr for cidr in self._blocks if address in cidr), None)
         if cidr is None:
             raise AddressUnavailable(

@@ -43,7 +43,7 @@ from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Address, Attachment, AttachmentKey, AttachmentState, Block, Interface, Network
 from ipam_daemon.netlink import NetlinkThread, index_of
-from ipam_daemon.plan import gateways, plan_attachment
+from ipam_daemon.plan import gateways, is_same_wire, plan_attachment
 from ipam_daemon.wires import Wires, WireState
 
 _TOMBSTONES = 4096
@@ -97,6 +97,22 @@ class Attachments:
     def allocator(self) -> Allocator:
         """Which addresses are in which state."""
         return self._allocator
+
+    @property
+    def gateways(self) -> Mapping[Network, Address]:
+        """Block → the gateway of the pods in it."""
+        return self._gateways
+
+    @property
+    def in_flight(self) -> frozenset[AttachmentKey]:
+        """The attachments that something works on."""
+        return frozenset(self._locks)
+
+    def recount(self) -> None:
+        """Counts all addresses again from the journal."""
+        blocks = self._allocator.blocks
+        self._allocator.keep_blocks(())
+        self.use_blocks(blocks)
 
     def uses(self) -> tuple[BlockUse, ...]:
         """How each block is used now."""
@@ -259,6 +275,49 @@ class Attachments:
         self.fenced = len(stranded)
         return self.fenced
 
+    # --- wires that the journal does not know
+
+    async def settle(self, wire: Attachment) -> str:
+        """Decides about a wire that was found by its alias and has no row. Returns what was done; empty for nothing.
+
+        It is somebody's, and so it is taken in with its addresses; unless its DEL was done, its attachment has another
+        wire, or its address is another's: then it is killed, and its deletion frees nothing that it did not have.
+        """
+        async with self._lock_of(wire.key):
+            row = self._journal.get(wire.key)
+            known = {each.host_ifname for each in self._journal.releasing()} | {row.host_ifname if row else ""}
+            if wire.host_ifname in known or not await self._thread.run(self._wires.has, wire):
+                return ""
+            if row is not None and is_same_wire(wire, row) and not await self._thread.run(index_of, row.host_ifname):
+                await self._thread.run(self._wires.rename, wire.host_ifname, row.host_ifname)
+                return f"gave {wire.host_ifname} its name {row.host_ifname} back"
+            if row is None and self._tombstones.get(wire.key, 0) <= wire.created_ns and self._adopt(wire):
+                if self._is_stranded(wire):
+                    await self._thread.run(self._wires.cut, wire.host_ifname)
+                    self.fenced = len(self.stranded())
+                return f"took {wire.host_ifname} ({wire.key}, {', '.join(map(str, wire.addresses))}) into the journal"
+            await self._thread.run(self._wires.kill, wire.host_ifname)
+            self._journal.condemn(wire.host_ifname)
+            self._to_reap.set()
+            return f"deleted {wire.host_ifname} ({wire.key}), which is nobody's any more"
+
+    async def orphans(self) -> tuple[Attachment, ...]:
+        """Wires that the kernel has, and the journal has not, as their aliases describe them."""
+        found = await self._thread.run(self._wires.found, time.time())
+        known = {each.host_ifname for each in self._journal.attachments()}
+        known |= {each.host_ifname for each in self._journal.releasing()}
+        return tuple(each for each in found if each.host_ifname not in known)
+
+    def _adopt(self, wire: Attachment) -> bool:
+        """Journals the wire, and so takes its addresses. False when one of them is another's, and nothing changes."""
+        held = {each.ip for row in self._journal.attachments() for each in row.addresses}
+        held |= {each.ip for row in self._journal.releasing() for each in row.addresses}
+        if any(each.ip in held for each in wire.addresses):
+            return False
+        self._journal.adopt(wire)
+        self.recount()
+        return True
+
     # --- wires on the way out
 
     async def reap_forever(self) -> None:
@@ -284,6 +343,9 @@ class Attachments:
         with self._metrics.phase("DEL", "reap"):
             gone = await self._thread.run(self._wires.reap, [each.host_ifname for each in releasing])
         point("reap.deleted")
+        for each in releasing:
+            if each.host_ifname not in gone:  # somebody took it out of the group that is deleted
+                await self._thread.run(self._wires.kill, each.host_ifname)
         done = [each for each in releasing if each.host_ifname in gone]
         now = self._clock()
         until = now + self._cooldown

@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 
 from ipam_daemon import supply
 from ipam_daemon.attachments import Attachments
@@ -68,10 +69,18 @@ class BlockKeeper:
         """Why the last claim failed; empty when none has."""
 
     def begin(self, config: ClusterConfig, owned: Sequence[Block]) -> None:
-        """The node has joined and has these blocks: from now on more can be claimed, and some returned."""
+        """The node has joined (again), and has these blocks: from now on more can be claimed, and some returned."""
         self._config = config
         self._owned = list(owned)
+        self._settled = True
+        self._to_release.clear()  # what etcd has not been told of yet is this node's, and empty
         self._joined.set()
+
+    @asynccontextmanager
+    async def pausing(self) -> AsyncIterator[None]:
+        """Nothing is claimed or returned meanwhile."""
+        async with self._lock:
+            yield
 
     async def run_forever(self) -> None:
         """Looks at the supply after every allocation, and now and then, until cancelled."""

@@ -64,6 +64,16 @@ class DelQueue:
             return False
         return True
 
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """The files of the DELs that are owed, oldest first."""
+        return tuple(path.name for path in self._waiting())
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """The files that were set aside."""
+        return tuple(sorted(path.name for path in self._directory.glob("*.bad")))
+
     def _waiting(self) -> list[Path]:
         return sorted(self._directory.glob("*.del"))
 

@@ -137,15 +137,8 @@ class Devices:
         return done
 
     def _ensure_sysctls(self, plan: BridgePlan) -> None:
-        """A node forwards; and it never tells a pod of a shorter way, which would go round the firewall and NAT.
-
-        Redirects are sent when `all` or the interface says so (ip-sysctl: send_redirects), hence both.
-        """
-        for interface in plan.addresses:
-            forwarding = "net/ipv4/ip_forward" if interface.version == 4 else "net/ipv6/conf/all/forwarding"
-            write_sysctl(forwarding, "1")
-        for name in ("all", plan.name):
-            write_sysctl(f"net/ipv4/conf/{name}/send_redirects", "0")
+        for path, value in wanted_sysctls(plan).items():
+            write_sysctl(path, value)
 
     def _link(self, index: int) -> Any:
         return self._thread.host.get_links(index)[0]
@@ -171,6 +164,18 @@ class Devices:
             if each.get("local", each.get("address")) == str(local) or each.get("address") == str(local):
                 return int(self._link(each["index"]).get("mtu"))
         raise TryAgainLater(f"no interface of this node has the node address {local}")
+
+
+def wanted_sysctls(plan: BridgePlan) -> dict[str, str]:
+    """Path below /proc/sys → value. A node forwards; and it never tells a pod of a shorter way, which would go round
+    the firewall and NAT.
+
+    Redirects are sent when `all` or the interface says so (ip-sysctl: send_redirects), hence both.
+    """
+    versions = {interface.version for interface in plan.addresses}
+    forwarding = {4: "net/ipv4/ip_forward", 6: "net/ipv6/conf/all/forwarding"}
+    wanted = {path: "1" for version, path in forwarding.items() if version in versions}
+    return wanted | {f"net/ipv4/conf/{name}/send_redirects": "0" for name in ("all", plan.name)}
 
 
 def _refuse_foreign(link: Any, name: str, kind: str) -> None:

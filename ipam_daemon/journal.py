@@ -177,6 +177,10 @@ class Journal:
                 (attachment.host_ifname, ",".join(map(str, attachment.addresses))),
             )
 
+    def condemn(self, host_ifname: str) -> None:
+        """Records a wire to be deleted whose addresses are not its own: nothing is free when it is gone."""
+        self._db.execute("INSERT OR IGNORE INTO releasing VALUES (?, '')", (host_ifname,))
+
     def releasing(self) -> tuple[Releasing, ...]:
         """Every wire that is to be deleted."""
         rows = self._db.execute("SELECT host_ifname, addresses FROM releasing").fetchall()

@@ -71,6 +71,11 @@ class LiveName:
             return error
         raise error
 
+    async def look(self) -> None:
+        """Takes the name again when somebody deleted its key while the lease goes on. Raises EtcdUnavailable."""
+        if self._lease is not None and await self._session.get(self._key) is None:
+            await self._revoke(self._lease)  # the renewal finds it gone, and does what it does then
+
     async def leave(self) -> None:
         """Stops renewing and deletes the key. Raises EtcdUnavailable; the key then goes with its lease."""
         if self._task is not None:

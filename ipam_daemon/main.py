@@ -28,6 +28,7 @@ from ipam_daemon.attachments import Attachments
 from ipam_daemon.delqueue import DelQueue
 from ipam_daemon.held import HeldFile, HeldKeeper
 from ipam_daemon.identity import boot_id, node_id, take_lock
+from ipam_daemon.inspection import Inspection
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.netlink import NetlinkThread
@@ -95,20 +96,31 @@ async def _run(chosen: Settings) -> None:
             wires=wires,
             metrics=metrics,
         )
-        status = Status(chosen, agent, attachments, session, journal, metrics)
         keeper = HeldKeeper(HeldFile(state_dir / "held.json"), journal, attachments, chosen.cooldown)
         keeper.recall()
         await agent.restore()
         queue = DelQueue(chosen.queue_dir, attachments, metrics, boot)
         await queue.replay()
+        reconciler = Reconciler(journal, attachments, metrics)
+        status = Status(chosen, agent, attachments, session, journal, metrics, queue)
+        inspection = Inspection(
+            agent=agent,
+            attachments=attachments,
+            journal=journal,
+            thread=thread,
+            wires=wires,
+            session=session,
+            reconciler=reconciler,
+            queue=queue,
+            metrics=metrics,
+        )
         service = CniService(attachments, metrics, agent.not_ready)
-        server = make_server(chosen.socket_path, service, AgentService(status.message, journal))
+        server = make_server(chosen.socket_path, service, AgentService(status.message, journal, inspection.run))
         await server.start()
         if chosen.http_listen:
             app = health.make_app(agent.not_ready, status.refresh_metrics, metrics)
             runner = await health.serve(app, chosen.http_listen)
             stack.push_async_callback(runner.cleanup)
-        reconciler = Reconciler(journal, attachments, metrics)
         stopped = _stop_event()
         try:
             async with asyncio.TaskGroup() as tasks:

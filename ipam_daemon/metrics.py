@@ -7,12 +7,23 @@ a slow ADD says where it was slow.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_RECENT = 300
+
+
+class Repair(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that was put right. `what` is the label of podwire_repairs; `at` is in seconds since the epoch."""
+
+    at: float
+    what: str
+    detail: str
 
 
 class Metrics:
@@ -46,6 +57,13 @@ class Metrics:
         self.releasing_wires = Gauge(
             "podwire_releasing_wires", "Wires waiting for their deletion", registry=self.registry
         )
+        self.recent: deque[Repair] = deque(maxlen=_RECENT)
+        """The last repairs, for status; the counters have no room for what exactly was done."""
+
+    def repaired(self, what: str, detail: str, count: int = 1) -> None:
+        """Counts repairs of a kind, and keeps what was done."""
+        self.repairs.labels(what).inc(count)
+        self.recent.append(Repair(at=time.time(), what=what, detail=detail))
 
     @contextmanager
     def phase(self, command: str, phase: str) -> Iterator[None]:

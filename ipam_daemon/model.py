@@ -93,7 +93,8 @@ class NodeRecord(Record, frozen=True, kw_only=True):
     """What a node tells its peers. `addresses` are its own on the underlay, `vtep_addresses` are in its blocks.
 
     `node_id` is a UUID made at the first start on a machine and kept under /var/lib: a machine that takes over the name
-    of another has another. `generation` counts how often the name changed hands.
+    of another has another. `generation` counts how often the name changed hands. `published` is when the record was
+    written, in seconds since the epoch; 0 when who wrote it did not say.
     """
 
     name: str
@@ -104,6 +105,7 @@ class NodeRecord(Record, frozen=True, kw_only=True):
     vtep_addresses: tuple[Address, ...] = ()
     blocks: tuple[Network, ...] = ()
     version: str = ""
+    published: float = 0.0
 
 
 # --- attachments ------------------------------------------------------------------------------------------------

@@ -48,30 +48,33 @@ class Peers:
 
     def resync(self) -> None:
         """Reads back what the kernel has; the next `apply` repairs what differs."""
+        actual = self.read()
+        self._neighbours.replace_actual(actual.neighbours)
+        self._fdb.replace_actual(actual.fdb)
+        self._routes.replace_actual(actual.routes)
+
+    def read(self) -> PeersPlan:
+        """What the kernel has. Raises PlumbingFailed when the device is gone."""
         index = self._index()
         host = self._thread.host
-        self._neighbours.replace_actual(
-            {
+        return PeersPlan(
+            neighbours={
                 ipaddress.ip_address(each.get("dst")): each.get("lladdr")
                 for family in (socket.AF_INET, socket.AF_INET6)
                 for each in host.get_neighbours(ifindex=index, family=family)
                 if each["state"] & _PERMANENT and each.get("dst") and each.get("lladdr")
-            }
-        )
-        self._fdb.replace_actual(
-            {
+            },
+            fdb={
                 each.get("lladdr"): ipaddress.ip_address(each.get("dst"))
                 for each in host.fdb("dump", ifindex=index)
                 if each["ifindex"] == index and each.get("dst") and each.get("lladdr")
-            }
-        )
-        self._routes.replace_actual(
-            {
+            },
+            routes={
                 ipaddress.ip_network(f"{each.get('dst')}/{each['dst_len']}"): _route_of(each)
                 for family in (socket.AF_INET, socket.AF_INET6)
                 for each in host.get_routes(family=family, proto=ROUTE_PROTOCOL)
                 if each["proto"] == ROUTE_PROTOCOL and each.get("oif") == index and each.get("dst")
-            }
+            },
         )
 
     def apply(self, plan: PeersPlan) -> int:

@@ -255,6 +255,11 @@ def attachment_of(alias: str, host_ifname: str, mtu: int, now: float) -> Attachm
     )
 
 
+def is_same_wire(found: Attachment, row: Attachment) -> bool:
+    """Whether a wire that was found by its alias is this row's, perhaps under another name."""
+    return (found.key, found.created_ns, found.addresses) == (row.key, row.created_ns, row.addresses)
+
+
 def _others(name: str, peers: Iterable[NodeRecord]) -> list[NodeRecord]:
     return sorted((peer for peer in peers if peer.name != name and _is_complete(peer)), key=lambda peer: peer.name)
 

@@ -4,6 +4,10 @@ A wire dies with its pod's namespace, and a pod without a namespace runs no more
 longer has belongs to nobody, and its address is freed after it was missed in two rounds: the runtime's own DEL is
 usually on its way, and comes first. No API is asked, since what an API says of a pod lags behind what runs.
 
+A wire of ours that the journal does not know was somebody's when the journal was lost: after it was found in two rounds
+it is taken in, or deleted when its attachment or its address is another's (Attachments.settle). One that only has
+another name gets its own back at once, before it would count as missed.
+
 An attachment that is still being added while nobody holds its lock is one whose ADD failed and could not be undone (a
 full disk, say): it is removed. The journal's own file is looked after first.
 """
@@ -20,6 +24,7 @@ from ipam_daemon.identity import boottime_ns
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Attachment, AttachmentKey, AttachmentState
+from ipam_daemon.plan import is_same_wire
 from ipam_daemon.wires import WireState
 
 log = logging.getLogger(__name__)
@@ -33,6 +38,7 @@ class Reconciler:
         self._attachments = attachments
         self._metrics = metrics
         self._missed: frozenset[AttachmentKey] = frozenset()
+        self._strays: frozenset[str] = frozenset()
 
     async def run_forever(self, interval: float) -> None:
         """A round every `interval` seconds, until cancelled."""
@@ -47,8 +53,9 @@ class Reconciler:
         JournalDamaged, which the next daemon's start mends.
         """
         if self._journal.look_after():
-            self._metrics.repairs.labels("journal").inc()
+            self._metrics.repaired("journal", "wrote the journal's file again, which was gone")
             log.error("the journal's file was gone; it is written again")
+        await self._sweep()
         moment = boottime_ns()
         missed = set()
         for attachment in self._journal.attachments():
@@ -60,17 +67,41 @@ class Reconciler:
                 elif await self._look(attachment, moment):
                     missed.add(attachment.key)
             except (CniError, sqlite3.Error) as error:
-                self._metrics.repairs.labels("failed").inc()
-                log.warning("reconciling failed: %s", error, extra={"fields": {"link": attachment.host_ifname}})
+                self._failed(attachment.host_ifname, error)
         self._missed = frozenset(missed)
+
+    async def _sweep(self) -> None:
+        """Wires without a row."""
+        try:
+            orphans = await self._attachments.orphans()
+        except CniError as error:
+            self._failed("looking for wires", error)
+            return
+        rows = self._journal.attachments()
+        for wire in orphans:
+            if wire.host_ifname not in self._strays and not any(is_same_wire(wire, row) for row in rows):
+                continue
+            try:
+                done = await self._attachments.settle(wire)
+            except (CniError, sqlite3.Error) as error:
+                self._failed(wire.host_ifname, error)
+                continue
+            if done:
+                self._metrics.repaired("orphan-wire", done)
+                log.warning("found a wire that the journal does not know: %s", done)
+        self._strays = frozenset(wire.host_ifname for wire in orphans)
+
+    def _failed(self, link: str, error: Exception) -> None:
+        self._metrics.repairs.labels("failed").inc()
+        log.warning("reconciling failed: %s", error, extra={"fields": {"link": link}})
 
     async def _look(self, attachment: Attachment, moment: int) -> bool:
         """Mends or frees one attachment. True when its wire was missed for the first time."""
         state = await self._attachments.mend(attachment)
         if state is WireState.MENDED:
-            self._metrics.repairs.labels("port").inc()
+            self._metrics.repaired("port", f"mended the port {attachment.host_ifname} ({attachment.key})")
             log.warning("put a port back into the bridge", extra={"fields": {"link": attachment.host_ifname}})
         elif state is WireState.GONE and attachment.key in self._missed:
             await self._attachments.forget(attachment, moment)
-            self._metrics.repairs.labels("vanished-wire").inc()
+            self._metrics.repaired("vanished-wire", f"freed the addresses of {attachment.key}, whose wire is gone")
         return state is WireState.GONE and attachment.key not in self._missed

@@ -98,6 +98,9 @@ class Registry(Protocol):
         this one, under a higher generation.
         """
 
+    async def look_at_name(self) -> None:
+        """Takes the name again should its key be gone while its lease lives. Does nothing without `enter`."""
+
     async def lost(self) -> NodeNameTaken:
         """Returns when the name went to someone else after `enter`, and says to whom: the daemon must stop."""
 
@@ -213,6 +216,10 @@ class EtcdRegistry:
         self._restoration.node = name
         self._restoration.begin()
         return Entry(name=name, node_id=node_id, generation=generation, reowned=tuple(reowned))
+
+    async def look_at_name(self) -> None:
+        if self._live is not None:
+            await self._live.look()
 
     async def lost(self) -> NodeNameTaken:
         assert self._live is not None, "enter comes first"

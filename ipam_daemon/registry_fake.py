@@ -146,6 +146,11 @@ class FakeRegistry:
         if holder is not self and holder.entry is not None and not self._lost.done():
             self._lost.set_result(name_taken(self.entry.name, holder.entry.node_id, ()))
 
+    async def look_at_name(self) -> None:
+        self.store.check()
+        if self.entry is not None:
+            self.renew()
+
     async def lost(self) -> NodeNameTaken:
         assert self._lost is not None, "enter comes first"
         return await asyncio.shield(self._lost)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,14 @@ import grpc
 
 from ipam_daemon import cni
 from ipam_daemon.attachments import Attachments
+from ipam_daemon.audit import KINDS, Difference
 from ipam_daemon.errors import CniError, Impaired, TryAgainLater, Unavailable, code_of
+from ipam_daemon.inspection import Outcome
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Attachment, AttachmentState
 from ipam_daemon.requests import API_MAX, negotiate, parse_request
+from podwire.errors import PodwireError
 from podwire.v1 import agent_pb2, agent_pb2_grpc, cni_pb2, cni_pb2_grpc
 
 _LARGEST_MESSAGE = 32 << 20  # bytes; the executable refuses configurations long before that
@@ -89,9 +92,16 @@ class CniService(cni_pb2_grpc.CNIServicer):
 class AgentService(agent_pb2_grpc.AgentServicer):
     """What the daemon says about itself."""
 
-    def __init__(self, status: Callable[[], agent_pb2.GetStatusResponse], journal: Journal) -> None:
+    def __init__(
+        self,
+        status: Callable[[], agent_pb2.GetStatusResponse],
+        journal: Journal,
+        inspect: Callable[[bool], Awaitable[Outcome]] | None = None,
+    ) -> None:
+        """`inspect` looks at the node from all sides, and repairs when it is given True."""
         self._status = status
         self._journal = journal
+        self._inspect = inspect
 
     async def GetStatus(  # noqa: N802
         self,
@@ -117,6 +127,32 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             for each in self._journal.releasing()
         ]
         return agent_pb2.ListAttachmentsResponse(attachments=attachments + releasing)
+
+    async def Audit(  # noqa: N802
+        self, request: agent_pb2.AuditRequest, context: Any
+    ) -> agent_pb2.AuditResponse:
+        """What etcd, journal, kernel and runtime do not say the same about; a repair goes on when its caller leaves."""
+        if self._inspect is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this daemon does not look at itself")
+            raise AssertionError
+        try:
+            outcome = await asyncio.shield(asyncio.ensure_future(self._inspect(request.fix)))
+        except PodwireError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            raise
+        return agent_pb2.AuditResponse(
+            node=self._status().node,
+            differences=map(_difference, outcome.differences),
+            done=outcome.done,
+            remaining=map(_difference, outcome.remaining),
+        )
+
+
+def _difference(each: Difference) -> agent_pb2.Difference:
+    kind = KINDS[each.kind]
+    return agent_pb2.Difference(
+        kind=each.kind, subject=each.subject, says=each.says, why=kind.why, fix=kind.fix, advice=kind.advice
+    )
 
 
 def make_server(socket: Path, cni_service: CniService, agent_service: AgentService) -> Any:

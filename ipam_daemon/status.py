@@ -5,12 +5,14 @@ from __future__ import annotations
 import podwire
 from ipam_daemon.agent import Agent
 from ipam_daemon.attachments import Attachments
+from ipam_daemon.delqueue import DelQueue
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.settings import Settings
 from podwire.etcd.session import EtcdSession
 from podwire.v1 import agent_pb2
 
+_REPAIRS = 20
 _STATES = ("used", "releasing", "cooling", "reserved", "free")
 
 
@@ -25,6 +27,7 @@ class Status:
         session: EtcdSession,
         journal: Journal,
         metrics: Metrics,
+        queue: DelQueue,
     ) -> None:
         self._settings = settings
         self._agent = agent
@@ -32,6 +35,7 @@ class Status:
         self._session = session
         self._journal = journal
         self._metrics = metrics
+        self._queue = queue
 
     def message(self) -> agent_pb2.GetStatusResponse:
         """The status as the Agent service gives it."""
@@ -57,6 +61,17 @@ class Status:
             ready=not reasons,
             reasons=reasons,
             mtu=self._attachments.mtu,
+            waiting_dels=len(self._queue.waiting),
+            releasing_wires=len(self._journal.releasing()),
+            obstacle=self._agent.keeper.obstacle,
+            peer_nodes=[
+                agent_pb2.Peer(name=each.name, addresses=map(str, each.addresses), blocks=map(str, each.blocks))
+                for each in self._agent.peers
+            ],
+            repairs=[
+                agent_pb2.Repair(at=each.at, what=each.what, detail=each.detail)
+                for each in list(self._metrics.recent)[-_REPAIRS:]
+            ],
         )
 
     def refresh_metrics(self) -> None:

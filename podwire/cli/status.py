@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 from pathlib import Path
 
-import grpc
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
 
-from podwire.errors import TryAgain
-from podwire.v1 import agent_pb2, agent_pb2_grpc
+from podwire.cli.agent import add_output, add_socket, agent
+from podwire.v1 import agent_pb2
 
 _SECONDS = 5.0
+_REPAIRS = 5  # of those that -o json has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
-    parser.add_argument(
-        "--socket",
-        type=Path,
-        default=Path("/run/podwire/ipamd.sock"),
-        help="the daemon's socket (default: %(default)s)",
-    )
-    parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default: %(default)s")
+    add_socket(parser)
+    add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,13 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _ask(socket: Path) -> tuple[agent_pb2.GetStatusResponse, list[agent_pb2.Attachment]]:
-    with grpc.insecure_channel(f"unix:{socket}") as channel:
-        agent = agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
-        try:
-            status = agent.GetStatus(agent_pb2.GetStatusRequest(), timeout=_SECONDS)
-            listed = agent.ListAttachments(agent_pb2.ListAttachmentsRequest(), timeout=_SECONDS)
-        except grpc.RpcError as error:
-            raise TryAgain(f"no daemon answers on {socket}: {error.details()}") from error
+    with agent(socket) as stub:
+        status = stub.GetStatus(agent_pb2.GetStatusRequest(), timeout=_SECONDS)
+        listed = stub.ListAttachments(agent_pb2.ListAttachmentsRequest(), timeout=_SECONDS)
     return status, list(listed.attachments)
 
 
@@ -59,6 +51,9 @@ def _print(status: agent_pb2.GetStatusResponse, attachments: list[agent_pb2.Atta
     etcd = "connected" if status.etcd.connected else f"not connected: {status.etcd.error}"
     console.print(f"{status.node} ({', '.join(status.addresses)}), podwire {status.version}: {state}", highlight=False)
     console.print(f"etcd {etcd}; {status.peers} peers; pods get MTU {status.mtu}", highlight=False)
+    console.print(f"{status.waiting_dels} DELs wait; {status.releasing_wires} wires are being deleted", highlight=False)
+    if status.obstacle:
+        console.print(f"no further block: {status.obstacle}", highlight=False, markup=False)
     blocks = Table("BLOCK", "POOL", "USED", "RELEASING", "COOLING", "RESERVED", "FREE", box=None)
     for block in status.blocks:
         counts = (block.used, block.releasing, block.cooling, block.reserved, block.free)
@@ -68,5 +63,12 @@ def _print(status: agent_pb2.GetStatusResponse, attachments: list[agent_pb2.Atta
         pod = f"{each.pod_namespace}/{each.pod_name}" if each.pod_name else "-"
         state = agent_pb2.Attachment.State.Name(each.state).removeprefix("STATE_").lower()
         pods.add_row(pod, each.container_id[:12], each.ifname, " ".join(each.addresses), each.host_ifname, state)
-    console.print(blocks)
-    console.print(pods)
+    peers = Table("PEER", "ADDRESSES", "BLOCKS", box=None)
+    for peer in status.peer_nodes:
+        peers.add_row(peer.name, " ".join(peer.addresses), " ".join(peer.blocks))
+    for table in (blocks, pods, peers):
+        if table.row_count:
+            console.print(table)
+    for repair in status.repairs[-_REPAIRS:]:
+        moment = datetime.datetime.fromtimestamp(repair.at, datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+        console.print(f"repaired {moment} {repair.detail}", highlight=False, markup=False)

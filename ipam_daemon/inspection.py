@@ -1,0 +1,216 @@
+"""Looks at this node from all sides, and repairs what differs through the daemon's own ways. For `podwire ipam check`.
+
+    look ─▶ nothing differs ─▶ answer
+      └───▶ a second later look again ─▶ what both found is reported          (one look may catch things on their way)
+                └─ with `fix` ─▶ queue ─▶ etcd ─▶ kernel ─▶ wires, twice ─▶ count ─▶ look until it is better, or 5 s
+
+Nothing is repaired here that the daemon does not repair by itself, sooner or later: this only does it now, and says
+what. So there is one place that knows when an address may be freed, and it takes two looks for that whoever asks.
+A look costs some dumps of netlink, one nft process, three reads of etcd, and 1–2 ms a pod for what is inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Iterable
+
+import msgspec
+
+from ipam_daemon.agent import Agent
+from ipam_daemon.attachments import Attachments
+from ipam_daemon.audit import Difference, compare, is_stranded, lasting
+from ipam_daemon.delqueue import DelQueue
+from ipam_daemon.devices import wanted_sysctls
+from ipam_daemon.errors import CniError
+from ipam_daemon.facts import Facts, Journaled, Kernel, Registered, Runtime
+from ipam_daemon.firewall import Firewall
+from ipam_daemon.journal import Journal
+from ipam_daemon.metrics import Metrics
+from ipam_daemon.model import Attachment, AttachmentState
+from ipam_daemon.netlink import NetlinkThread
+from ipam_daemon.nodes import read_registered
+from ipam_daemon.readback import read_kernel
+from ipam_daemon.reconcile import Reconciler
+from ipam_daemon.wires import Wires
+from podwire.errors import PodwireError
+from podwire.etcd import EtcdSession
+from podwire.netns import NetnsError, open_netns
+
+_BETWEEN = 1.0  # seconds between two looks: longer than a DEL takes to be reaped, as long as a failed one waits
+_BETTER_S, _BETTER_POLL = 5.0, 0.25
+_MISCOUNTED = ("address-unheld", "address-leaked")
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What differed, what was done about it, and what differs still."""
+
+    differences: tuple[Difference, ...]
+    done: tuple[str, ...] = ()
+    remaining: tuple[Difference, ...]
+
+
+class Inspection:
+    """One inspection at a time; it holds nothing between them."""
+
+    def __init__(
+        self,
+        *,
+        agent: Agent,
+        attachments: Attachments,
+        journal: Journal,
+        thread: NetlinkThread,
+        wires: Wires,
+        session: EtcdSession,
+        reconciler: Reconciler,
+        queue: DelQueue,
+        metrics: Metrics,
+        firewall: Firewall | None = None,
+    ) -> None:
+        self._agent = agent
+        self._attachments = attachments
+        self._journal = journal
+        self._thread = thread
+        self._wires = wires
+        self._session = session
+        self._reconciler = reconciler
+        self._queue = queue
+        self._metrics = metrics
+        self._firewall = firewall or Firewall()
+        self._lock = asyncio.Lock()
+
+    async def run(self, fix: bool) -> Outcome:
+        """Looks, and repairs if asked to. Raises a CniError when the kernel cannot be read."""
+        async with self._lock:
+            found = await self.look()
+            if found:
+                await asyncio.sleep(_BETWEEN)
+                found = lasting(found, await self.look())
+            if not fix or not found:
+                return Outcome(differences=found, remaining=found)
+            done = await self._repair(found)
+            remaining = await self._until_better(found)
+            return Outcome(differences=found, done=done, remaining=remaining)
+
+    async def look(self) -> tuple[Difference, ...]:
+        """What differs at this moment, things on their way included."""
+        return compare(await self.facts())
+
+    async def _until_better(self, found: Iterable[Difference]) -> tuple[Difference, ...]:
+        """The last look. A wire that is being deleted, a name that is being taken again need a moment."""
+        fixed = {each.identity for each in found}
+        deadline = time.monotonic() + _BETTER_S
+        while True:
+            left = await self.look()
+            if not left or time.monotonic() > deadline:
+                return left
+            if not any(each.identity in fixed for each in left):
+                return lasting(left, await self._later())
+            await asyncio.sleep(_BETTER_POLL)
+
+    async def _later(self) -> tuple[Difference, ...]:
+        await asyncio.sleep(_BETWEEN)
+        return await self.look()
+
+    # --- repairing
+
+    async def _repair(self, found: Iterable[Difference]) -> tuple[str, ...]:
+        """Does what the daemon does periodically, now. What fails does not stop the rest."""
+        before = tuple(self._metrics.recent)
+        done: list[str] = []
+        self._attachments.recount()
+        if any(each.kind in _MISCOUNTED for each in found):
+            done.append("counted the addresses again from the journal")
+        replayed = await self._attempt("replaying the queue", self._queue.replay)
+        if replayed:
+            done.append(f"replayed {replayed} queued DELs")
+        await self._attempt("joining the cluster again", self._agent.rejoin)
+        await self._attempt("bringing the kernel to the plan", self._agent.resync)
+        for _ in range(2):  # what vanished is freed when it was missed in two rounds
+            await self._attempt("looking at the wires", self._reconciler.round)
+        for _ in range(2):  # the first kills what is not in the group of dead wires any more
+            await self._attempt("deleting wires", self._attachments.reap)
+        done += [each.detail for each in self._metrics.recent if each not in before]
+        return tuple(done)
+
+    async def _attempt(self, what: str, act: Callable[[], Awaitable[object]]) -> object:
+        try:
+            return await act()
+        except (PodwireError, sqlite3.Error) as error:
+            self._metrics.repairs.labels("failed").inc()
+            log.warning("%s failed: %s", what, error)
+            return None
+
+    # --- looking
+
+    async def facts(self) -> Facts:
+        """What every source says now. The kernel is read before the journal, in which a wire is before it is made."""
+        plan = self._agent.plan
+        sysctls = {} if plan is None else wanted_sysctls(plan.bridge)
+        etcd, etcd_error = await self._registered()
+        kernel = await read_kernel(self._thread, self._firewall, sysctls)
+        facts = Facts(
+            now=time.time(),
+            record=self._agent.record,
+            plan=plan,
+            waiting_for=self._attachments.waiting_for,
+            journal=self._journaled(),
+            kernel=kernel,
+            etcd=etcd,
+            etcd_error=etcd_error,
+            held=self._attachments.allocator.held,
+            sysctls=sysctls,
+            in_flight=self._attachments.in_flight,
+            waiting_dels=self._queue.waiting,
+            unreadable_dels=self._queue.unreadable,
+        )
+        return msgspec.structs.replace(facts, runtime=await self._runtime(facts, kernel))
+
+    def _journaled(self) -> Journaled:
+        return Journaled(
+            attachments=self._journal.attachments(),
+            releasing={each.host_ifname: each.addresses for each in self._journal.releasing()},
+            blocks=self._journal.blocks(),
+        )
+
+    async def _registered(self) -> tuple[Registered | None, str]:
+        try:
+            return await read_registered(self._session, self._agent.record.name), ""
+        except PodwireError as error:
+            return None, str(error)
+
+    async def _runtime(self, facts: Facts, kernel: Kernel) -> Runtime:
+        """One pod after the other, so that an ADD never waits for all of them."""
+        gone: dict[str, str] = {}
+        changed: dict[str, tuple[str, ...]] = {}
+        for row in facts.journal.attachments:
+            if row.state is not AttachmentState.ATTACHED or not row.netns or row.key in facts.in_flight:
+                continue
+            why = await self._thread.run(_why_gone, row.netns)
+            if why:
+                gone[row.host_ifname] = why
+            elif row.host_ifname in kernel.links and not is_stranded(facts, row):
+                found = await self._inside(row)
+                if found:
+                    changed[row.host_ifname] = tuple(found)
+        return Runtime(gone=gone, changed=changed)
+
+    async def _inside(self, row: Attachment) -> list[str]:
+        try:
+            return await self._thread.run(self._wires.inside, row, row.netns, self._attachments.gateways)
+        except CniError as error:  # it is being deleted
+            return [str(error)]
+
+
+def _why_gone(path: str) -> str:
+    """Why the path leads to no namespace of a pod; empty when it does."""
+    try:
+        os.close(open_netns(path))
+    except NetnsError as error:
+        return str(error)
+    return ""
