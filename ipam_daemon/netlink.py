@@ -21,6 +21,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from ipam_daemon.errors import PlumbingFailed
+from ipam_daemon.rtnl import Channel
 from podwire.netns import inside, netlink_socket
 
 P = ParamSpec("P")
@@ -28,11 +29,12 @@ T = TypeVar("T")
 
 
 class NetlinkThread:
-    """One thread with one netlink socket in the node's own namespace."""
+    """One thread with its netlink sockets in the node's own namespace: pyroute2's, and one for packed messages."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netlink")
         self._host: Any = None
+        self._channel: Channel | None = None
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs `function` on the thread. A call that was begun is finished even when the caller is cancelled.
@@ -54,10 +56,18 @@ class NetlinkThread:
             self._host = IPRoute()
         return self._host
 
+    @property
+    def channel(self) -> Channel:
+        """The node's socket for packed messages. Only for functions that run on the thread."""
+        if self._channel is None:
+            self._channel = Channel(netlink_socket())
+        return self._channel
+
     async def close(self) -> None:
-        """Finishes what is queued and closes the socket."""
-        if self._host is not None:
-            await self.run(self._host.close)
+        """Finishes what is queued and closes the sockets."""
+        for each in (self._host, self._channel):
+            if each is not None:
+                await self.run(each.close)
         self._executor.shutdown(wait=True)
 
 
@@ -82,6 +92,18 @@ def container(netns_fd: int, ifname: str) -> Iterator[tuple[Any, int]]:
         route.close()
 
 
+@contextmanager
+def container_channel(netns_fd: int, ifname: str) -> Iterator[tuple[Channel, int]]:
+    """The same with a socket for packed messages, which costs nothing to adopt."""
+    with inside(netns_fd):
+        channel = Channel(netlink_socket())
+        index = index_of(ifname)
+    try:
+        yield channel, index
+    finally:
+        channel.close()
+
+
 def index_of(ifname: str) -> int:
     """The index of an interface in the namespace of this thread, 0 when there is none. 10 µs, where a dump takes ms."""
     try:
@@ -95,8 +117,8 @@ def tolerating(*numbers: int) -> Iterator[None]:
     """Passes over netlink errors of these numbers: what was to be done is done already."""
     try:
         yield
-    except NetlinkError as error:
-        if error.code not in numbers:
+    except (NetlinkError, OSError) as error:
+        if (error.code if isinstance(error, NetlinkError) else error.errno) not in numbers:
             raise
 
 

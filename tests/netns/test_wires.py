@@ -113,6 +113,7 @@ def test_a_failure_halfway_leaves_neither_end_nor_an_open_namespace() -> None:
     async def story() -> None:
         async with stage() as (node, wires):
             with pods(1) as (pod,):
+                await node.thread.run(lambda: node.thread.channel)  # the node's own socket stays open
                 before = set(os.listdir("/proc/self/fd"))
                 wrong = {**GATEWAYS, SIX: ipaddress.ip_address("fd00:9::1")}
                 with pytest.raises(PlumbingFailed, match="podnet/c3/eth0 in its namespace: EHOSTUNREACH"):
