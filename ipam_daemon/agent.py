@@ -34,7 +34,7 @@ from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Address, Block, ClusterConfig, NodeRecord, Pool
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.peers import Peers
-from ipam_daemon.plan import NodePlan, plan_node, plan_record
+from ipam_daemon.plan import VXLAN, NodePlan, plan_node, plan_record
 from ipam_daemon.registry import PoolExhausted, Registry
 from ipam_daemon.settings import Settings
 from ipam_daemon.supply import available
@@ -141,7 +141,7 @@ class Agent:
         """Takes up what the journal says, before any call is answered. Needs no etcd."""
         await self._adopt_wires()
         self._registry.recall(self._journal.meta(_SEEN) or "")
-        self._blocks = self._journal.blocks()
+        self._blocks = tuple(await self._first_one_first(list(self._journal.blocks())))
         self._attachments.use_blocks(self._blocks)
         undone = await self._attachments.resume()
         if undone:
@@ -309,7 +309,13 @@ class Agent:
                 log.error(
                     "a block of this node went to another", extra={"fields": {"block": str(block.cidr), "node": holder}}
                 )
-        return blocks
+        return await self._first_one_first(blocks)
+
+    async def _first_one_first(self, blocks: list[Block]) -> list[Block]:
+        """The block that the node's VTEP is in stays the first: with another, the peers would have to learn another
+        VTEP, and packets are lost until they have. The kernel knows it best, a journal may be gone."""
+        vteps = await self._thread.run(self._devices.vtep_addresses, VXLAN)
+        return sorted(blocks, key=lambda block: not any(vtep in block.cidr for vtep in vteps))
 
     async def _find_addresses(self) -> None:
         if not self._addresses:

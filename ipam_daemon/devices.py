@@ -155,6 +155,12 @@ class Devices:
                     return (ipaddress.ip_address(each.get("address")),)
         return ()
 
+    def vtep_addresses(self, name: str) -> tuple[Address, ...]:
+        """The addresses of the VXLAN device as it is; none when there is none."""
+        index = index_of(name)
+        found = self._thread.host.get_addr(index=index) if index else ()
+        return tuple(ipaddress.ip_address(each.get("address")) for each in found)
+
     def underlay_mtu(self, local: Address) -> int:
         """The MTU of the interface that has the address `local`, in bytes.
 
