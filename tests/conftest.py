@@ -32,6 +32,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ("tests.reliability",)
+
 # --- tiers ------------------------------------------------------------------------------------------------------
 
 CAP_NET_ADMIN, CAP_SYS_ADMIN = 12, 21  # linux/capability.h
