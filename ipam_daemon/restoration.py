@@ -20,7 +20,7 @@ import logging
 
 from ipam_daemon.claims import StoreRestored
 from ipam_daemon.model import Record, encode
-from podwire.etcd import Backoff, EtcdError, EtcdSession, EtcdUnavailable
+from podwire.etcd import Backoff, EtcdError, EtcdSession, EtcdUnavailable, SessionClosed
 from podwire.etcd.records import Get, Item, Put, absent
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,8 @@ class Restoration:
                 await self.look()
             except EtcdUnavailable:  # the connection has counted it
                 continue
+            except SessionClosed:
+                return
             except EtcdError as error:
                 log.error("this node's keys in etcd cannot be read: %s", error)
 
@@ -124,6 +126,8 @@ class Restoration:
                 return
             except EtcdUnavailable:
                 await self._session.clock.sleep(backoff.next())
+            except SessionClosed:
+                return
             except EtcdError as error:
                 log.error("other nodes cannot be told that etcd was restored (%s): %s", self.key, error)
                 return

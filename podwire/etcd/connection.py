@@ -121,6 +121,7 @@ class Connection:
                     await self.clock.sleep(_ELECTION_PAUSE_S)
             except EtcdUnavailable as error:
                 self._failed(line, method, str(error), started)
+                self._login.forget(token)  # a member that has not come as far as the token says nothing at all
                 lost += 1
                 if last or self.clock.now() - began >= self.call_s:
                     raise
@@ -261,6 +262,7 @@ class Stream:
         except TokenRefused as error:
             raise self.refused(error) from error
         except EtcdUnavailable as error:
+            self._connection.refused_token(self._token)
             slow = within is not None and self._connection.clock.now() - started >= within
             self._connection.stream_failed(self._line, self._method, str(error), slow=slow)
             raise

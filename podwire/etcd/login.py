@@ -1,8 +1,10 @@
 """User and password: one token for the whole cluster, got when it is first needed and again when it is refused.
 
 etcd's simple tokens live five minutes beyond their last use and in each member's memory alone: a member that restarts
-knows none. So a refused token is the ordinary case, not an error: nothing was carried out, and the request is sent
-again under a new one. A login costs etcd a bcrypt (50 ms and more), so calls that wait for one share it.
+may know none. So a refused token is the ordinary case, not an error: nothing was carried out, and the request is sent
+again under a new one. A token names the raft index at which it was given, and a member that has not come as far,
+because it was wiped, keeps the request waiting: so no token outlives a request that was not answered. A login costs
+etcd a bcrypt (50 ms and more), so calls that wait for one share it.
 
 Without `user` nothing is sent, and etcd takes the common name of the client's certificate for the user, if it checks
 certificates.

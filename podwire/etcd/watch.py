@@ -26,7 +26,7 @@ from podwire.etcd.connection import Connection, Stream
 from podwire.etcd.errors import Compacted, EtcdError, EtcdUnavailable
 from podwire.etcd.records import Changes, Header, Listing, Snapshot
 
-_DENIED = ("permission denied", "auth token")
+_DENIED = ("permission denied", "auth token", "user name is empty")
 _RESTARTS = ("no leader", "etcdserver: server stopped", "leader changed")
 
 
@@ -89,5 +89,5 @@ def _raise_if_canceled(answer: wire.Message, stream: Stream) -> None:
         if any(text in reason for text in _RESTARTS):
             raise EtcdUnavailable(f"etcd ended the watch: {reason}")
         refused = EtcdError(f"etcd refuses the watch: {reason}", "CANCELED")
-        # etcd 3.4 says "permission denied" to a token that has run out, too.
+        # Some releases say "permission denied" to a token that has run out.
         raise stream.refused(refused) if any(text in reason for text in _DENIED) else refused

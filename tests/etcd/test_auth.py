@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ POOL = Pool(cidr=ipaddress.ip_network("10.244.0.0/16"), block_size=24)
 CONFIG = ClusterConfig(pools=(POOL,))
 
 
-def connect(server: EtcdServer, user: str = "", password: str = "", **more: Any) -> EtcdSession:
-    return EtcdSession(EtcdOptions(endpoints=(server.endpoint,), user=user, password=password, **more))
+def connect(server: EtcdServer, user: str = "", password: str = "", *, call_s: float = 5.0, **more: Any) -> EtcdSession:
+    return EtcdSession(EtcdOptions(endpoints=(server.endpoint,), user=user, password=password, **more), call_s=call_s)
 
 
 @pytest.fixture
@@ -34,6 +34,18 @@ def node(own_guarded: Guarded, tmp_path: Path) -> Guarded:
     (tmp_path / "password").write_text("open-sesame\n")
     own_guarded.recipe("a", "--password-file", str(tmp_path / "password"))
     return own_guarded
+
+
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """The same, for all tests that change nothing of users and server."""
+    folder = tmp_path_factory.mktemp("etcd")
+    (folder / "password").write_text("open-sesame\n")
+    with guarded(folder) as server:
+        made = Guarded(server)
+        made.enable()
+        made.recipe("a", "--password-file", str(folder / "password"))
+        yield made
 
 
 async def told(watch: AsyncGenerator[Snapshot | Changes, None], key: str) -> None:
@@ -89,6 +101,26 @@ def test_a_watch_that_is_alone_gets_a_new_token_too(node: Guarded, run: Run) -> 
     run(story())
 
 
+def test_a_wiped_server_that_knows_users_again_is_logged_in_to_again(node: Guarded, tmp_path: Path, run: Run) -> None:
+    """The old token is of a raft index that the server has yet to reach, and it would wait for that."""
+    key = f"{ROOT}nodes/a"
+
+    async def story() -> None:
+        async with connect(node.server, "a", "open-sesame", call_s=1.0) as etcd:
+            for _ in range(50):
+                await etcd.put(key, b"1")
+            node.server.kill()
+            node.server.wipe()
+            node.server.start()
+            fresh = Guarded(node.server)
+            fresh.enable()
+            fresh.recipe("a", "--password-file", str(tmp_path / "password"))
+            await insist(lambda: etcd.put(key, b"2"))
+            assert etcd.history.breaks == 1
+
+    run(story())
+
+
 class Outcomes:
     """An observer that keeps what came of each attempt."""
 
@@ -122,9 +154,9 @@ def test_a_token_that_has_run_out_is_replaced(tmp_path: Path, run: Run) -> None:
         assert attempts.seen[-1] == "ok"
 
 
-def test_a_wrong_password_is_said_at_once_and_is_no_outage(node: Guarded, run: Run) -> None:
+def test_a_wrong_password_is_said_at_once_and_is_no_outage(settled: Guarded, run: Run) -> None:
     async def story() -> None:
-        async with connect(node.server, "a", "open-barley") as etcd:
+        async with connect(settled.server, "a", "open-barley") as etcd:
             with pytest.raises(AuthFailed, match=r"user 'a'.*wrong user or password"):
                 await etcd.get(ROOT)
             with pytest.raises(AuthFailed):
@@ -133,9 +165,9 @@ def test_a_wrong_password_is_said_at_once_and_is_no_outage(node: Guarded, run: R
     run(story())
 
 
-def test_no_user_where_one_is_needed_says_what_to_set(node: Guarded, run: Run) -> None:
+def test_no_user_where_one_is_needed_says_what_to_set(settled: Guarded, run: Run) -> None:
     async def story() -> None:
-        async with connect(node.server) as etcd:
+        async with connect(settled.server) as etcd:
             with pytest.raises(AuthFailed, match=r"demands a user.*passwordFile"):
                 await etcd.get(ROOT)
 
@@ -178,9 +210,9 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_a_nodes_role_does_not_write(what: str, node: Guarded, run: Run) -> None:
+def test_a_nodes_role_does_not_write(what: str, settled: Guarded, run: Run) -> None:
     async def story() -> None:
-        async with connect(node.server, "a", "open-sesame") as etcd:
+        async with connect(settled.server, "a", "open-sesame") as etcd:
             with pytest.raises(EtcdError) as refused:
                 await etcd.put(OTHERS[what], b"mine")
             assert refused.value.code == "PERMISSION_DENIED"
@@ -189,11 +221,11 @@ def test_a_nodes_role_does_not_write(what: str, node: Guarded, run: Run) -> None
     run(story())
 
 
-def test_a_node_without_its_role_cannot_be_had_under_another_name(node: Guarded, run: Run) -> None:
+def test_a_node_without_its_role_cannot_be_had_under_another_name(settled: Guarded, run: Run) -> None:
     record = NodeRecord(name="b", node_id="id", addresses=(ipaddress.ip_address("192.0.2.1"),))
 
     async def story() -> None:
-        async with connect(node.server, "a", "open-sesame") as etcd:
+        async with connect(settled.server, "a", "open-sesame") as etcd:
             registry = EtcdRegistry(etcd)
             for call in (lambda: registry.enter("b", "id"), lambda: registry.publish(record)):
                 with pytest.raises(EtcdError) as refused:
