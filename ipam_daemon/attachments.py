@@ -80,6 +80,7 @@ class Attachments:
         self._locks: dict[AttachmentKey, tuple[asyncio.Lock, int]] = {}
         self._tombstones: OrderedDict[AttachmentKey, int] = OrderedDict()
         self._to_reap = asyncio.Event()
+        self._reaping = asyncio.Lock()
         self.allocated = asyncio.Event()
         """Set after every allocation: somebody may want to look at what is left."""
         self.changed = asyncio.Event()
@@ -232,13 +233,16 @@ class Attachments:
         if failures:
             raise failures[0]
 
-    async def forget(self, attachment: Attachment, moment_ns: int) -> None:
-        """Removes an attachment that nobody asks for any more, unless it has changed since it was looked at."""
+    async def forget(self, attachment: Attachment, moment_ns: int) -> bool:
+        """Removes an attachment that nobody asks for any more, unless it has changed since it was looked at. True when
+        it did."""
         async with self._lock_of(attachment.key):
             current = self._journal.get(attachment.key)
             if current == attachment and current.created_ns < moment_ns:
                 await self._release(attachment)
                 log.warning("removed an attachment that nobody has", extra={"fields": _fields(attachment)})
+                return True
+        return False
 
     async def mend(self, attachment: Attachment) -> WireState | None:
         """Puts the wire's port right, and says what was found; None when the attachment has changed since it was read.
@@ -337,6 +341,10 @@ class Attachments:
 
     async def reap(self) -> bool:
         """Deletes every wire that is to be deleted. True when some are still there."""
+        async with self._reaping:  # two at once would let the same addresses cool twice
+            return await self._reap()
+
+    async def _reap(self) -> bool:
         releasing = self._journal.releasing()
         if not releasing:
             return False

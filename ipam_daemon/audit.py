@@ -41,6 +41,11 @@ class Kind(msgspec.Struct, frozen=True):
     fix: str = ""
     advice: str = ""
 
+    @property
+    def patient(self) -> bool:
+        """Whether it is worth waiting for the repair to show."""
+        return bool(self.fix) and not self.advice
+
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """`says` is what each source says about `subject`; it may vary from look to look."""

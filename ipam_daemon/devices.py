@@ -41,11 +41,11 @@ class Devices:
                     ifname=plan.name,
                     kind="bridge",
                     address=plan.mac,
-                    mtu=plan.mtu,
                     br_nf_call_iptables=1,
                     br_nf_call_ip6tables=1,
                 )
                 # Until it has been set, a bridge's MTU follows its ports, and is another when the last one has gone.
+                # Setting what it has already does not count: it must not be made with this MTU (br_change_mtu).
                 self._thread.host.link("set", index=index_of(plan.name), mtu=plan.mtu)
             done.append(f"made bridge {plan.name}")
         index = index_of(plan.name)

@@ -63,12 +63,16 @@ class Reconciler:
                 continue
             try:
                 if attachment.state is AttachmentState.ADDING:
-                    await self._attachments.forget(attachment, moment)
+                    await self._undo(attachment, moment)
                 elif await self._look(attachment, moment):
                     missed.add(attachment.key)
             except (CniError, sqlite3.Error) as error:
                 self._failed(attachment.host_ifname, error)
         self._missed = frozenset(missed)
+
+    async def _undo(self, attachment: Attachment, moment: int) -> None:
+        if await self._attachments.forget(attachment, moment):
+            self._metrics.repaired("unfinished-add", f"undid the ADD of {attachment.key}, which was not finished")
 
     async def _sweep(self) -> None:
         """Wires without a row."""
@@ -101,7 +105,10 @@ class Reconciler:
         if state is WireState.MENDED:
             self._metrics.repaired("port", f"mended the port {attachment.host_ifname} ({attachment.key})")
             log.warning("put a port back into the bridge", extra={"fields": {"link": attachment.host_ifname}})
-        elif state is WireState.GONE and attachment.key in self._missed:
-            await self._attachments.forget(attachment, moment)
+        elif (
+            state is WireState.GONE
+            and attachment.key in self._missed
+            and await self._attachments.forget(attachment, moment)
+        ):
             self._metrics.repaired("vanished-wire", f"freed the addresses of {attachment.key}, whose wire is gone")
         return state is WireState.GONE and attachment.key not in self._missed
