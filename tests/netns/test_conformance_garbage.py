@@ -180,7 +180,7 @@ STDINS: dict[str, tuple[str, bytes, int]] = {
     "a number that JSON has not": ("ADD", with_keys(mtu=0).replace(b"0}", b"NaN}"), 6),
     "too deep": ("ADD", b'{"x":' + b"[" * 200_000, 6),
     "too deep, and whole": ("ADD", b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 6),
-    "1 MB of anything": ("ADD", os.urandom(1 << 20), 6),
+    "1 MB of anything": ("ADD", b"\xff" + os.urandom(1 << 20), 6),
     "1 MB of braces": ("DEL", b"{" * (1 << 20), 6),
     "1 MB of text": ("STATUS", b'"' + b"x" * (1 << 20), 6),
     "more than is read": ("ADD", b" " * (17 << 20), 6),
