@@ -24,7 +24,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -94,15 +94,14 @@ class Journal:
             raise sqlite3.DatabaseError(f"a row cannot be read: {error}") from error
 
     def look_after(self) -> bool:
-        """Writes the file again when somebody removed it or its write-ahead log, and returns whether it did.
+        """Writes the file again when somebody removed or overwrote it or its write-ahead log. Returns whether it did.
 
-        Raises JournalDamaged when it can no longer be read. Costs 1 ms with 250 attachments.
+        What this process has read and written is in memory, whatever became of the file. Raises JournalDamaged when
+        that is not enough. Costs 2 ms with 250 attachments.
         """
         try:
-            if self._db.execute("PRAGMA quick_check").fetchone() != ("ok",):
-                raise sqlite3.DatabaseError("quick_check failed")
             _ = self.attachments(), self.releasing(), self.cooling(), self.blocks(), self.last()
-            if _inodes(self._path) == self._inodes:
+            if _inodes(self._path) == self._inodes and _is_sound(self._path):
                 return False
             self._write_again()
         except sqlite3.OperationalError:  # a full disk: it comes again
@@ -267,6 +266,15 @@ def _open(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a process that starts now could read the file."""
+    with closing(sqlite3.connect(path)) as reader:
+        try:
+            return bool(reader.execute("PRAGMA quick_check").fetchone() == ("ok",))
+        except sqlite3.DatabaseError:
+            return False
 
 
 def _inodes(path: Path) -> tuple[int, ...]:

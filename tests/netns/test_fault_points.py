@@ -300,9 +300,7 @@ def test_every_point_of_the_code_has_a_name_and_a_story() -> None:
     for file in Path(ipam_daemon.__file__).parent.glob("*.py"):
         for each in ast.walk(ast.parse(file.read_text())):
             if isinstance(each, ast.Call) and isinstance(each.func, ast.Name) and each.func.id == "point":
-                assert isinstance(each.args[0], ast.Constant), (
-                    f"{file.name}:{each.lineno}: not a literal"
-                )
+                assert isinstance(each.args[0], ast.Constant), f"{file.name}:{each.lineno}: not a literal"
                 called.add(each.args[0].value)
     assert called == set(POINTS)
     assert {point for points in STORIES.values() for point in points} == set(POINTS)
