@@ -1,6 +1,6 @@
 """The node's namespace, read back for an audit: its links, the entries towards other nodes, our nft table, sysctls.
 
-Two dumps (links, addresses) serve all pods; 5 ms at 250 pods. Nothing is changed, and nothing of others is looked at
+Two dumps (links, addresses) serve all pods. Nothing is changed, and nothing of others is looked at
 but to be told from ours.
 """
 
