@@ -6,8 +6,8 @@
 
 Nothing is repaired here that the daemon does not repair by itself, sooner or later: this only does it now, and says
 what. So there is one place that knows when an address may be freed, and it takes two looks for that whoever asks.
-A look costs some dumps of netlink, one nft process and three reads of etcd, 11 ms together, and 2.5 ms a pod for what is
-inside, one pod at a time, so that an ADD waits for one at the most.
+A look costs some dumps of netlink, one nft process and three reads of etcd, 11 ms together, and 2.5 ms a pod for what
+is inside, one pod at a time, so that an ADD waits for one at the most.
 """
 
 from __future__ import annotations
