@@ -19,7 +19,6 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 
@@ -44,9 +43,9 @@ from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Address, Attachment, AttachmentKey, AttachmentState, Block, Interface, Network
 from ipam_daemon.netlink import NetlinkThread, index_of
 from ipam_daemon.plan import gateways, is_same_wire, plan_attachment
+from ipam_daemon.turns import Turns
 from ipam_daemon.wires import Wires, WireState
 
-_TOMBSTONES = 4096
 _REAP_DELAY = 0.05  # seconds for more wires to join the group: deleting many costs as much as deleting one
 _REAP_RETRY = 1.0
 
@@ -77,8 +76,7 @@ class Attachments:
         self._clock = clock
         self._allocator = Allocator()
         self._gateways: Mapping[Network, Address] = {}
-        self._locks: dict[AttachmentKey, tuple[asyncio.Lock, int]] = {}
-        self._tombstones: OrderedDict[AttachmentKey, int] = OrderedDict()
+        self._turns = Turns()
         self._to_reap = asyncio.Event()
         self._reaping = asyncio.Lock()
         self.allocated = asyncio.Event()
@@ -107,7 +105,7 @@ class Attachments:
     @property
     def in_flight(self) -> frozenset[AttachmentKey]:
         """The attachments that something works on."""
-        return frozenset(self._locks)
+        return self._turns.in_flight
 
     def recount(self) -> None:
         """Counts all addresses again from the journal."""
@@ -182,10 +180,7 @@ class Attachments:
 
     async def delete(self, call: Call) -> None:
         """Removes the attachment; success when there is none. When it returns, nothing passes the wire any more."""
-        self._tombstones[call.key] = max(call.issued_ns, self._tombstones.get(call.key, 0))
-        self._tombstones.move_to_end(call.key)
-        while len(self._tombstones) > _TOMBSTONES:
-            self._tombstones.popitem(last=False)
+        self._turns.bury(call.key, call.issued_ns)
         point("del.marked")
         async with self._locked(call):
             attachment = self._journal.get(call.key)
@@ -236,7 +231,7 @@ class Attachments:
     async def forget(self, attachment: Attachment, moment_ns: int) -> bool:
         """Removes an attachment that nobody asks for any more, unless it has changed since it was looked at. True when
         it did."""
-        async with self._lock_of(attachment.key):
+        async with self._turns.of(attachment.key):
             current = self._journal.get(attachment.key)
             if current == attachment and current.created_ns < moment_ns:
                 await self._release(attachment)
@@ -249,7 +244,7 @@ class Attachments:
 
         Under the lock: a DEL that comes in between would have its dead wire revived.
         """
-        async with self._lock_of(attachment.key):
+        async with self._turns.of(attachment.key):
             if self._journal.get(attachment.key) != attachment or self._is_stranded(attachment):
                 return None
             return await self._thread.run(self._wires.mend, attachment)
@@ -287,7 +282,7 @@ class Attachments:
         It is somebody's, and so it is taken in with its addresses; unless its DEL was done, its attachment has another
         wire, or its address is another's: then it is killed, and its deletion frees nothing that it did not have.
         """
-        async with self._lock_of(wire.key):
+        async with self._turns.of(wire.key):
             row = self._journal.get(wire.key)
             known = {each.host_ifname for each in self._journal.releasing()} | {row.host_ifname if row else ""}
             if wire.host_ifname in known or not await self._thread.run(self._wires.has, wire):
@@ -295,7 +290,7 @@ class Attachments:
             if row is not None and is_same_wire(wire, row) and not await self._thread.run(index_of, row.host_ifname):
                 await self._thread.run(self._wires.rename, wire.host_ifname, row.host_ifname)
                 return f"gave {wire.host_ifname} its name {row.host_ifname} back"
-            if row is None and self._tombstones.get(wire.key, 0) <= wire.created_ns and self._adopt(wire):
+            if row is None and not self._turns.is_buried(wire.key, wire.created_ns) and self._adopt(wire):
                 if self._is_stranded(wire):
                     await self._thread.run(self._wires.cut, wire.host_ifname)
                     self.fenced = len(self.stranded())
@@ -449,7 +444,7 @@ class Attachments:
             raise TryAgainLater(f"{call.key}: {self.fenced} pods of this node sit in a block that went to another node")
 
     def _is_deleted(self, call: Call) -> bool:
-        return self._tombstones.get(call.key, 0) > call.issued_ns
+        return self._turns.is_buried(call.key, call.issued_ns)
 
     def _refuse_if_deleted(self, call: Call) -> None:
         if self._is_deleted(call):
@@ -458,21 +453,9 @@ class Attachments:
     @asynccontextmanager
     async def _locked(self, call: Call) -> AsyncIterator[None]:
         began = time.perf_counter()
-        async with self._lock_of(call.key):
+        async with self._turns.of(call.key):
             self._metrics.seconds.labels(call.command, "lock").observe(time.perf_counter() - began)
             yield
-
-    @asynccontextmanager
-    async def _lock_of(self, key: AttachmentKey) -> AsyncIterator[None]:
-        lock, users = self._locks.get(key, (asyncio.Lock(), 0))
-        self._locks[key] = (lock, users + 1)
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, users = self._locks.pop(key)
-            if users > 1:
-                self._locks[key] = (lock, users - 1)
 
 
 def _previous_differences(call: Call, attachment: Attachment) -> list[str]:

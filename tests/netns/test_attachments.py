@@ -376,7 +376,7 @@ def test_calls_for_one_attachment_leave_no_lock_behind(tmp_path: Path) -> None:
             with pods(1) as (a,):
                 await asyncio.gather(*(it.add("a", a.path) for _ in range(3)), return_exceptions=True)
                 await asyncio.gather(*(it.delete("a") for _ in range(3)))
-                assert it.attachments._locks == {}
+                assert it.attachments.in_flight == frozenset()
 
     play(story)
 
