@@ -1,8 +1,8 @@
 """Who may touch an attachment now, and which DEL has already come for it.
 
-One lock an attachment, made when somebody wants it and forgotten when nobody does. And a tombstone for each DEL, with the
-moment at which it was issued (CLOCK_BOOTTIME, nanoseconds): an ADD that was issued earlier is too late, however the two
-crossed on their way. The last few thousand are kept; an ADD does not travel that long.
+One lock an attachment, made when somebody wants it and forgotten when nobody does. And a tombstone for each DEL, with
+the moment at which it was issued (CLOCK_BOOTTIME, nanoseconds): an ADD that was issued earlier is too late, however the
+two crossed on their way. The last few thousand are kept; an ADD does not travel that long.
 """
 
 from __future__ import annotations
