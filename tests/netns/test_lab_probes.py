@@ -63,9 +63,10 @@ def status(pods: Pods, name: str = "a") -> Object:
 
 
 def is_ready(pods: Pods, name: str = "a") -> bool:
-    ready = [one["status"] for one in pods.object(name)["status"]["conditions"] if one["type"] == "Ready"]
-    assert status(pods, name)["ready"] == (ready == ["True"])
-    return ready == ["True"]
+    shown = pods.object(name)["status"]  # one look: the next may show another moment
+    ready = [one["status"] for one in shown["conditions"] if one["type"] == "Ready"] == ["True"]
+    assert shown["containerStatuses"][0]["ready"] == ready
+    return ready
 
 
 def events(pods: Pods, name: str = "a") -> list[tuple[str, str]]:
