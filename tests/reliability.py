@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "reliability.md"
+TESTS = Path(__file__).parent
+DOCUMENT = TESTS.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults -->", "<!-- /faults -->"
 HEADER = ("fault", "what is promised", "test", "result", "ADD again, s")
 _RESULTS = pytest.StashKey[dict[str, "Outcome"]]()
@@ -131,7 +132,7 @@ def replace_table(document: str, table: str) -> str:
 
 
 def _table(document: str) -> str:
-    found = re.search(f"{BEGIN}\n(.*?)\n?{END}", document, re.DOTALL)
+    found = re.search(f"{BEGIN}\n(.*?){END}", document, re.DOTALL)
     if found is None:
         raise ValueError(f"no table between {BEGIN} and {END}")
     return found[1]

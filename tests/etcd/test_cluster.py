@@ -68,6 +68,7 @@ def node(name: str) -> NodeRecord:
 
 
 @pytest.mark.slow
+@pytest.mark.fault("etcd's leader killed while 50 nodes claim", promises=("no block twice",))
 def test_the_leader_is_killed_while_fifty_nodes_claim(cluster: EtcdCluster, prefix: str, run: Run) -> None:
     claimed = asyncio.Event()
 
@@ -98,6 +99,7 @@ def test_the_leader_is_killed_while_fifty_nodes_claim(cluster: EtcdCluster, pref
     run(story())
 
 
+@pytest.mark.fault("an etcd member that stands still", promises=("another is asked", "no name is lost"))
 def test_a_member_that_stands_still_is_left_and_nobodys_lease_is_lost(
     cluster: EtcdCluster, prefix: str, run: Run
 ) -> None:
@@ -136,6 +138,7 @@ async def seen(watch: AsyncGenerator[Snapshot | Changes, None], key: str) -> Non
             return
 
 
+@pytest.mark.fault("no quorum during a claim", promises=("error 11", "it goes on afterwards"))
 def test_without_a_quorum_a_claim_says_try_again_and_what_waits_goes_on_afterwards(
     cluster: EtcdCluster, prefix: str, run: Run
 ) -> None:

@@ -85,6 +85,7 @@ def test_of_twenty_machines_that_enter_at_once_one_gets_the_name(server: EtcdSer
     run(story())
 
 
+@pytest.mark.fault("the answer to a claim is lost", promises=("the block is found again",))
 def test_a_claim_whose_answer_was_lost_is_found_again(server: EtcdServer, prefix: str, run: Run) -> None:
     async def story() -> None:
         async with connect(server.endpoint) as etcd:
@@ -159,6 +160,7 @@ def outage(own_server: EtcdServer, prefix: str, run: Run, cable: Any, until: Unt
     return tell
 
 
+@pytest.mark.fault("etcd away for longer than a lease", promises=("the name is taken again",))
 def test_after_an_outage_longer_than_the_lease_the_name_is_taken_again(outage: Any, until: Until) -> None:
     async def story(scene: Outage) -> None:
         await scene.registry.enter("a", "id-1")
@@ -173,6 +175,7 @@ def test_after_an_outage_longer_than_the_lease_the_name_is_taken_again(outage: A
     outage(story)
 
 
+@pytest.mark.fault("the node's name taken during an outage", promises=("who took it keeps it, the other ends",))
 def test_who_took_the_name_during_the_outage_keeps_it(outage: Any) -> None:
     async def story(scene: Outage) -> None:
         await scene.registry.enter("a", "id-1")
@@ -205,6 +208,7 @@ def test_who_took_the_name_and_left_again_keeps_it_too(outage: Any) -> None:
     outage(story)
 
 
+@pytest.mark.fault("etcd restarted, then wiped", promises=("the name stays live",))
 def test_a_restart_and_a_wipe_of_etcd_leave_the_name_live(
     own_server: EtcdServer, prefix: str, run: Run, until: Until
 ) -> None:

@@ -76,6 +76,7 @@ def _first(cidr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return ipaddress.ip_network(cidr)[1]
 
 
+@pytest.mark.fault("etcd away, all blocks full", promises=("error 11, quickly", "ADD works once etcd is back"))
 def test_without_etcd_a_full_node_is_told_to_try_again_and_goes_on_when_it_is_back(lab: LabState) -> None:
     with containers(lab, "node1", "away", 6) as boxes:
         etcd = process.recorded(lab.files, cluster.ETCD)
@@ -104,6 +105,9 @@ def test_a_node_keeps_to_its_limit(lab: LabState) -> None:
     configure(lab, "node2", maxBlocks=16)
 
 
+@pytest.mark.fault(
+    "daemon killed on a node with several blocks", promises=("blocks and addresses stay the node's", "no address twice")
+)
 def test_a_restarted_daemon_knows_all_its_blocks_and_pods(lab: LabState) -> None:
     with containers(lab, "node1", "again", 9) as boxes:
         at_once([partial(each.call, "ADD") for each in boxes])

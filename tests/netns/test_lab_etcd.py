@@ -35,6 +35,7 @@ def running(lab: LabState) -> list[str]:
     return [member["name"] for member in status.status(lab)["etcd_members"] if member["running"]]
 
 
+@pytest.mark.fault("one of three etcd members down", promises=("ADD, DEL and claims go on",))
 def test_one_member_dies_and_everything_goes_on(lab: LabState) -> None:
     with containers(lab, "node1", "one", 2) as (a, b), containers(lab, "node2", "far", 1) as (peer,):
         address = peer.call("ADD").address
@@ -50,6 +51,7 @@ def test_one_member_dies_and_everything_goes_on(lab: LabState) -> None:
         assert {each.call("DEL").code for each in (a, b, peer)} == {0}
 
 
+@pytest.mark.fault("two of three etcd members down", promises=("ADD and DEL go on", "all converges afterwards"))
 def test_without_a_quorum_pods_come_and_go_and_all_converges_afterwards(lab: LabState) -> None:
     with containers(lab, "node1", "two", 2) as (a, b), containers(lab, "node2", "far", 1) as (peer,):
         address = peer.call("ADD").address
@@ -64,6 +66,7 @@ def test_without_a_quorum_pods_come_and_go_and_all_converges_afterwards(lab: Lab
         at_once([lambda each=each: each.call("DEL") for each in (b, peer)])  # type: ignore[misc]
 
 
+@pytest.mark.fault("a node cut off from etcd", promises=("its pods and its name stay",))
 def test_a_node_that_is_cut_off_from_etcd_keeps_its_pods_and_name(lab: LabState) -> None:
     """Cut off by a rule in its own namespace: nothing is refused, packets just vanish."""
     with containers(lab, "node1", "cut", 1) as (a,), containers(lab, "node2", "far", 1) as (peer,):
@@ -82,6 +85,7 @@ def test_a_node_that_is_cut_off_from_etcd_keeps_its_pods_and_name(lab: LabState)
         assert {each.call("DEL").code for each in (a, peer)} == {0}
 
 
+@pytest.mark.fault("etcd wiped", promises=("nodes claim their blocks again", "no address twice"))
 def test_a_wiped_etcd_learns_again_what_the_nodes_have(lab: LabState) -> None:
     with containers(lab, "node1", "wipe", 2) as (a, b), containers(lab, "node2", "far", 1) as (peer,):
         address = peer.call("ADD").address

@@ -297,7 +297,9 @@ class NodeUnderTest(RuleBasedStateMachine):
 
     @rule()
     def lose_journal(self) -> None:
-        """Its file is removed while no daemon runs."""
+        """Its file is removed while no daemon runs. Of pods that have vanished nothing is left that says so."""
+        for name in set(self.vanished):
+            self.deleted(name)
         self.restart(without_journal=True)
 
     @rule()
@@ -321,7 +323,7 @@ class NodeUnderTest(RuleBasedStateMachine):
     @rule(name=container)
     def vanish(self, name: str) -> None:
         """A pod's namespace goes, and nobody says so."""
-        if name in self.believed:
+        if name in self.believed and name not in self.vanished:
             self.netns[name].ip("link", "delete", "eth0")
             self.vanished.add(name)
 

@@ -18,7 +18,8 @@ import yaml
 
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import Container, at_once, containers, on_node, pod_links, status
+from tests.netns.containers import at_once, containers, on_node, pod_links, status
+from tests.netns.traffic import Pings
 
 PATIENCE = 30.0
 
@@ -48,30 +49,6 @@ def restart(lab: LabState, name: str) -> None:
     node.wait_daemon(lab, name)
 
 
-class Pings:
-    """A ping at 100 a second that runs until it is asked how many were lost."""
-
-    def __init__(self, source: Container, address: str) -> None:
-        self._process = source.start("ping", "-q", "-i", "0.01", "-W", "1", address)
-
-    def __enter__(self) -> Pings:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def lost(self) -> int:
-        self._process.send_signal(2)  # ping prints its summary on SIGINT
-        out, _ = self._process.communicate()
-        words = next(line for line in out.splitlines() if "packets transmitted" in line).split()
-        sent, received = int(words[0]), int(words[3])
-        assert sent > 20, out
-        return sent - received
-
-
 def test_two_hundred_pods_added_at_once_have_two_hundred_addresses(lab: LabState) -> None:
     with containers(lab, "node1", "a", 100) as first, containers(lab, "node2", "b", 100) as second:
         both = [each for pair in zip(first, second, strict=True) for each in pair]
@@ -85,6 +62,10 @@ def test_two_hundred_pods_added_at_once_have_two_hundred_addresses(lab: LabState
             wait(partial(nothing_is_held, lab, name), f"all addresses and links of {name} to be free")
 
 
+@pytest.mark.fault(
+    "daemon killed and started again",
+    promises=("running pods lose no packet", "a DEL meanwhile is queued and done", "every answer is true, or error 11"),
+)
 def test_a_killed_daemon_loses_no_packet_and_no_del(lab: LabState) -> None:
     with containers(lab, "node1", "here", 3) as (talker, gone, late), containers(lab, "node2", "there", 1) as (peer,):
         at_once([partial(each.call, "ADD") for each in (talker, gone)])
@@ -107,6 +88,14 @@ def test_a_killed_daemon_loses_no_packet_and_no_del(lab: LabState) -> None:
     wait(partial(nothing_is_held, lab, "node1"), "node1 to be empty")
 
 
+@pytest.mark.fault(
+    "daemon stopped amid ADDs",
+    promises=(
+        "calls in flight are finished",
+        "every answer is true, or error 11",
+        "nothing is held after the runtime's DEL",
+    ),
+)
 def test_sigterm_finishes_the_calls_in_flight(lab: LabState) -> None:
     with containers(lab, "node1", "term", 20) as boxes:
         stopping = threading.Timer(0.05, node.stop_daemon, (lab, "node1"))
@@ -123,6 +112,10 @@ def test_sigterm_finishes_the_calls_in_flight(lab: LabState) -> None:
         wait(partial(nothing_is_held, lab, "node1"), "node1 to be empty")
 
 
+@pytest.mark.fault(
+    "daemon killed amid 20 ADDs",
+    promises=("every answer is true, or error 11", "nothing is held after the runtime's DEL"),
+)
 def test_kill_in_the_middle_of_adds_leaves_nothing_that_nobody_has(lab: LabState) -> None:
     with containers(lab, "node1", "kill", 20) as boxes:
         killing = threading.Timer(0.05, node.kill_daemon, (lab, "node1"))
@@ -140,6 +133,7 @@ def test_kill_in_the_middle_of_adds_leaves_nothing_that_nobody_has(lab: LabState
         at_once([partial(each.call, "DEL") for each in boxes])
 
 
+@pytest.mark.fault("etcd away, daemon restarted meanwhile", promises=("ADD and DEL go on in the node's blocks",))
 def test_pods_start_while_etcd_is_away_and_after_a_restart_without_it(lab: LabState) -> None:
     with containers(lab, "node1", "etcd", 3) as (first, second, third), containers(lab, "node2", "far", 1) as (peer,):
         address = peer.call("ADD").address
@@ -161,6 +155,9 @@ def test_pods_start_while_etcd_is_away_and_after_a_restart_without_it(lab: LabSt
         at_once([partial(each.call, "DEL") for each in (second, third, peer)])
 
 
+@pytest.mark.fault(
+    "daemons of two nodes upgraded", promises=("running pods lose no packet", "rules and wires stay as they are")
+)
 def test_an_upgrade_with_pods_running_drops_no_packet(lab: LabState) -> None:
     with containers(lab, "node1", "up", 2) as (talker, other), containers(lab, "node2", "stay", 1) as (peer,):
         link = talker.call("ADD").body["interfaces"][0]["name"]
@@ -187,6 +184,7 @@ def second_daemon(lab: LabState, folder: Path, **changes: object) -> subprocess.
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
+@pytest.mark.fault("one node name on two machines", promises=("the second refuses and says why",))
 def test_a_node_name_that_is_live_is_refused(lab: LabState, tmp_path: Path) -> None:
     refused = second_daemon(lab, tmp_path, node="node1")
     assert refused.returncode == 1
@@ -195,6 +193,7 @@ def test_a_node_name_that_is_live_is_refused(lab: LabState, tmp_path: Path) -> N
     assert status(lab, "node1").ready, "the one that has the name goes on"
 
 
+@pytest.mark.fault("two daemons on one node", promises=("the second refuses and says why",))
 def test_a_second_daemon_on_a_node_is_refused(lab: LabState, tmp_path: Path) -> None:
     refused = second_daemon(lab, tmp_path, runDir=str(lab.files.node_path("node2", "/run/podwire")))
     assert refused.returncode == 1
@@ -207,6 +206,7 @@ def test_a_configuration_that_differs_from_the_clusters_is_refused(lab: LabState
     assert "backend.vni is 7" in refused.stderr
 
 
+@pytest.mark.fault("garbage on the daemon's socket", promises=("ADD and DEL go on",))
 def test_garbage_on_the_socket_hurts_nobody(lab: LabState) -> None:
     path = str(lab.files.ipamd_socket("node1"))
     for junk in (b"", b"\0" * 100_000, b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 5000):
@@ -234,6 +234,7 @@ def test_the_largest_packet_of_a_pod_fits_through_the_tunnel(lab: LabState) -> N
         at_once([partial(each.call, "DEL") for each in (box, peer)])
 
 
+@pytest.mark.fault("tunnel, rules and bridge address deleted by hand", promises=("they are put back",))
 def test_what_somebody_deleted_is_put_back(lab: LabState) -> None:
     with containers(lab, "node1", "mend", 1) as (box,), containers(lab, "node2", "other", 1) as (peer,):
         box.call("ADD")
@@ -249,6 +250,10 @@ def test_what_somebody_deleted_is_put_back(lab: LabState) -> None:
         at_once([partial(each.call, "DEL") for each in (box, peer)])
 
 
+@pytest.mark.fault(
+    "pool exhausted",
+    promises=("the error names pool and numbers", "a failed ADD leaves no wire", "ADD works once there is an address"),
+)
 def test_a_full_pool_says_so_and_recovers() -> None:
     state = LabState(name=f"full-{uuid4().hex[:6]}", nodes=plan_nodes(1), pod_cidr="10.250.0.0/28")
     try:
@@ -271,6 +276,7 @@ def test_a_full_pool_says_so_and_recovers() -> None:
         cluster.down(state.name)
 
 
+@pytest.mark.fault("a queued DEL replayed after a later ADD", promises=("the later ADD stays",))
 def test_a_del_that_was_queued_before_an_add_does_not_undo_it(lab: LabState) -> None:
     with containers(lab, "node1", "order", 1) as (box,):
         node.kill_daemon(lab, "node1")

@@ -166,6 +166,9 @@ def agent_of(it: Engine) -> Agent:
 # --- reconcile ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(
+    "a pod's namespace vanishes, no DEL comes", promises=("its address is freed after two observations",)
+)
 def test_a_vanished_pod_is_freed_after_two_rounds(tmp_path: Path) -> None:
     async def story() -> None:
         async with engine(tmp_path) as it:
@@ -201,6 +204,7 @@ def test_a_vanished_pod_that_is_added_again_between_two_rounds_is_kept(tmp_path:
 
 
 @pytest.mark.parametrize("damage", [("nomaster",), ("down",)], ids=["out of the bridge", "down"])
+@pytest.mark.fault("a pod's port taken out of the bridge, or down", promises=("it is mended",))
 def test_a_port_that_somebody_took_apart_is_mended(tmp_path: Path, damage: tuple[str, ...]) -> None:
     async def story() -> None:
         async with engine(tmp_path) as it:

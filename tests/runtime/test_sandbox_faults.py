@@ -66,6 +66,7 @@ def reconciling_often(lab: LabState) -> Iterator[None]:
 # --- containerd dies --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("containerd killed", promises=("pods keep their network",))
 def test_sandboxes_keep_their_network_when_containerd_is_killed(
     lab: LabState, pods: Pods, containerd: Containerd, peer: str
 ) -> None:
@@ -82,6 +83,10 @@ def test_sandboxes_keep_their_network_when_containerd_is_killed(
     assert pings(before[other].process_netns, peer)
 
 
+@pytest.mark.fault(
+    "containerd killed, and a sandbox with it",
+    promises=("it can be stopped later", "nothing is held after the runtime's DEL"),
+)
 def test_a_sandbox_whose_process_died_with_containerd_is_stopped_later(pods: Pods, containerd: Containerd) -> None:
     pod = pods.run()
     pid = pods.inspect(pod).pid
@@ -101,6 +106,9 @@ ends = pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 
 
 @ends
+@pytest.mark.fault(
+    "daemon down, a sandbox is started", promises=("it fails", "nothing is held after the runtime's DEL")
+)
 def test_without_the_daemon_no_sandbox_starts_and_nothing_of_it_stays(
     lab: LabState, pods: Pods, containerd: Containerd, end: Callable[[LabState, str], None]
 ) -> None:
@@ -117,6 +125,7 @@ def test_without_the_daemon_no_sandbox_starts_and_nothing_of_it_stays(
 
 
 @ends
+@pytest.mark.fault("daemon down, a sandbox is stopped", promises=("it stops", "its address is freed later"))
 def test_without_the_daemon_a_sandbox_stops_and_its_address_is_freed_later(
     lab: LabState, pods: Pods, end: Callable[[LabState, str], None]
 ) -> None:
@@ -135,6 +144,7 @@ def test_without_the_daemon_a_sandbox_stops_and_its_address_is_freed_later(
 # --- namespaces go ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("a sandbox's namespace loses its name", promises=("it can be stopped",))
 def test_a_sandbox_whose_namespace_lost_its_name_is_stopped(lab: LabState, pods: Pods, containerd: Containerd) -> None:
     pod = pods.run()
     remove_namespace(containerd, pods.inspect(pod).netns)
@@ -163,6 +173,7 @@ def leave_behind(pods: Pods, containerd: Containerd, pod: Pod) -> None:
     remove_namespace(containerd, sandbox.netns)
 
 
+@pytest.mark.fault("a sandbox that containerd has forgotten", promises=("its address is freed by GC, and no other",))
 def test_the_address_of_a_sandbox_left_behind_is_freed_and_no_other(
     lab: LabState, pods: Pods, containerd: Containerd, peer: str
 ) -> None:
