@@ -34,6 +34,14 @@ _GONE_WITHIN = 10.0  # seconds
 _POLL = 0.0002  # seconds between looks for the link, which take 5 µs each
 
 
+class Attached(msgspec.Struct, frozen=True, kw_only=True):
+    """A pod whose ADD has answered; whether it is attached is still to be proved."""
+
+    pod: Namespace
+    container_id: str
+    finished: Finished
+
+
 class Added(msgspec.Struct, frozen=True, kw_only=True):
     """A pod that is attached. `first_connection` is how many seconds its first connection took, right after ADD."""
 
@@ -64,9 +72,17 @@ class Contender:
 
     def add(self, pod: Namespace) -> Added:
         """Attaches the pod. Raises BenchFailed when it is not attached after that."""
+        return self.prove(self.attach(pod))
+
+    def attach(self, pod: Namespace) -> Attached:
+        """Attaches the pod, and looks at nothing."""
         container_id = f"{pod.name}-{os.urandom(4).hex()}"
         finished = self._execute("ADD", pod, container_id, self._config)
-        result = json.loads(finished.stdout)
+        return Attached(pod=pod, container_id=container_id, finished=finished)
+
+    def prove(self, attached: Attached) -> Added:
+        """Looks at what ADD has done. Raises BenchFailed when the pod is not attached."""
+        pod, result = attached.pod, json.loads(attached.finished.stdout)
         host_ifname = self._find_host_link(result)
         address, gateway = result["ips"][0]["address"], result["ips"][0]["gateway"]
         with pod.entered():
@@ -74,8 +90,8 @@ class Contender:
             first_connection = _check_refused(self.name, gateway)
         return Added(
             pod=pod,
-            container_id=container_id,
-            finished=finished,
+            container_id=attached.container_id,
+            finished=attached.finished,
             result=result,
             host_ifname=host_ifname,
             first_connection=first_connection,

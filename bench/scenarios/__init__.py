@@ -24,6 +24,12 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
 SCENARIOS = (
     Scenario(name="executable", about="the executable alone", run=executable.run, rounds=150, quick=20),
     Scenario(name="latency", about="ADD and DEL against the reference plugins", run=latency.run, rounds=60, quick=8),
-    Scenario(name="churn", about="pods without a pause, and ten at once", run=churn.run, rounds=40, quick=10),
+    Scenario(
+        name="churn",
+        about="pods without a pause, ten at once, a hundred by twenty, 2,000 calls",
+        run=churn.run,
+        rounds=40,
+        quick=10,
+    ),
     Scenario(name="memory", about="the daemon's memory with 200 pods", run=memory.run, rounds=200, quick=20),
 )

@@ -128,7 +128,7 @@ def _report(samples: Samples, rounds: int) -> Report:
                 measured=median(samples[f"Podwire: {command}"]) / median(samples[f"{_MASQUERADED}: {command}"]),
                 limit=limit,
             )
-            for command, limit in (("ADD", 0.8), ("DEL", 0.4))
+            for command, limit in (("ADD", 0.7), ("DEL", 0.3))
         ),
     ]
     return Report(
