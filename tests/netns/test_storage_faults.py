@@ -21,7 +21,7 @@ import yaml
 from ipam_daemon import journal
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import Container, at_once, containers, on_node, pod_links, status
+from tests.netns.containers import Answer, Container, at_once, containers, on_node, pod_links, status
 from tests.netns.traffic import Traffic, traffic
 
 PATIENCE = 30.0
@@ -166,7 +166,7 @@ def test_without_room_for_the_journal_calls_say_so_and_go_on_when_there_is(
     first, second, third, fourth = cast.boxes
     assert first.call("ADD").error == 0
     full = fill(disks.run)
-    answers = []
+    answers: list[Answer] = []
     while len(answers) < 60 and not any(answer.error for answer in answers):  # until the log of the journal must grow
         answers += [second.call("ADD"), second.call("DEL")]
     assert {answer.error for answer in answers} <= {0, 11}
