@@ -217,13 +217,13 @@ class Attachments:
             log.warning("GC without a list of attachments to keep: nothing is removed")
             return
         keep = {AttachmentKey(call.config.name, each.container_id, each.ifname) for each in valid}
-        failures: list[CniError] = []
+        failures: list[CniError | sqlite3.Error] = []
         for attachment in self._journal.attachments():
             key = attachment.key
             if key.network == call.config.name and key not in keep and attachment.created_ns < call.issued_ns:
                 try:
                     await self.forget(attachment, call.issued_ns)
-                except CniError as error:
+                except (CniError, sqlite3.Error) as error:
                     failures.append(error)
         if failures:
             raise failures[0]
