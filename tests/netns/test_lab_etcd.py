@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -12,8 +13,10 @@ from podwire.lab.state import LabState
 from tests.netns.containers import at_once, containers, on_node
 from tests.netns.containers import status as daemon
 from tests.netns.lab_fixtures import fresh_name
+from tests.netns.traffic import traffic
 
 PATIENCE = 20
+LOSSLESS = "running pods lose no packet"
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +28,30 @@ def three() -> Iterator[LabState]:
 
 @pytest.fixture
 def lab(three: LabState) -> Iterator[LabState]:
-    """Two nodes and three members, all well; what a test kills is started again."""
-    yield three
-    cluster.start_etcd(three)
-    process.wait_for(lambda: all(daemon(three, each.name).etcd.connected for each in three.nodes), PATIENCE, "etcd")
+    """Two nodes and three members, all well; what a test kills is started again.
+
+    A pod of each node talk to each other all the while: whatever happens to etcd, they lose nothing.
+    """
+    with containers(three, "node1", "talker", 1) as (talker,), containers(three, "node2", "listener", 1) as (listener,):
+        assert talker.call("ADD").error == 0
+        with traffic(talker, listener, listener.call("ADD").address) as through:
+            yield three
+            cluster.start_etcd(three)
+            process.wait_for(partial(all_connected, three), PATIENCE, "etcd")
+            assert through.harm() == []
+        at_once([partial(each.call, "DEL") for each in (talker, listener)])
+
+
+def all_connected(lab: LabState) -> bool:
+    """Whether every daemon has etcd again."""
+    return all(daemon(lab, each.name).etcd.connected for each in lab.nodes)
 
 
 def running(lab: LabState) -> list[str]:
     return [member["name"] for member in status.status(lab)["etcd_members"] if member["running"]]
 
 
-@pytest.mark.fault("one of three etcd members down", promises=("ADD, DEL and claims go on",))
+@pytest.mark.fault("one of three etcd members down", promises=("ADD, DEL and claims go on", LOSSLESS))
 def test_one_member_dies_and_everything_goes_on(lab: LabState) -> None:
     with containers(lab, "node1", "one", 2) as (a, b), containers(lab, "node2", "far", 1) as (peer,):
         address = peer.call("ADD").address
@@ -51,7 +67,9 @@ def test_one_member_dies_and_everything_goes_on(lab: LabState) -> None:
         assert {each.call("DEL").code for each in (a, b, peer)} == {0}
 
 
-@pytest.mark.fault("two of three etcd members down", promises=("ADD and DEL go on", "all converges afterwards"))
+@pytest.mark.fault(
+    "two of three etcd members down", promises=("ADD and DEL go on", "all converges afterwards", LOSSLESS)
+)
 def test_without_a_quorum_pods_come_and_go_and_all_converges_afterwards(lab: LabState) -> None:
     with containers(lab, "node1", "two", 2) as (a, b), containers(lab, "node2", "far", 1) as (peer,):
         address = peer.call("ADD").address
@@ -66,7 +84,7 @@ def test_without_a_quorum_pods_come_and_go_and_all_converges_afterwards(lab: Lab
         at_once([lambda each=each: each.call("DEL") for each in (b, peer)])  # type: ignore[misc]
 
 
-@pytest.mark.fault("a node cut off from etcd", promises=("its pods and its name stay",))
+@pytest.mark.fault("a node cut off from etcd", promises=("its pods and its name stay", LOSSLESS))
 def test_a_node_that_is_cut_off_from_etcd_keeps_its_pods_and_name(lab: LabState) -> None:
     """Cut off by a rule in its own namespace: nothing is refused, packets just vanish."""
     with containers(lab, "node1", "cut", 1) as (a,), containers(lab, "node2", "far", 1) as (peer,):
@@ -85,7 +103,7 @@ def test_a_node_that_is_cut_off_from_etcd_keeps_its_pods_and_name(lab: LabState)
         assert {each.call("DEL").code for each in (a, peer)} == {0}
 
 
-@pytest.mark.fault("etcd wiped", promises=("nodes claim their blocks again", "no address twice"))
+@pytest.mark.fault("etcd wiped", promises=("nodes claim their blocks again", "no address twice", LOSSLESS))
 def test_a_wiped_etcd_learns_again_what_the_nodes_have(lab: LabState) -> None:
     with containers(lab, "node1", "wipe", 2) as (a, b), containers(lab, "node2", "far", 1) as (peer,):
         address = peer.call("ADD").address
