@@ -153,9 +153,10 @@ def _burst(contender: Contender, pods: list[Namespace], samples: Samples) -> Non
         began = time.perf_counter()
         attached = list(threads.map(contender.attach, pods))
         samples.setdefault(f"burst: {contender.name}", []).append(time.perf_counter() - began)
-    added = [contender.prove(each) for each in attached]
+        added = list(threads.map(contender.prove, attached))
+        list(threads.map(contender.detach, added))
     for each in added:
-        contender.delete(each)
+        contender.wait_gone(each)
 
 
 def _come_and_go(contender: Contender, pods: list[Namespace], pairs: int, samples: Samples) -> None:
