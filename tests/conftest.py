@@ -22,6 +22,7 @@ import fcntl
 import functools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -100,6 +101,12 @@ def tier_of(path: Path) -> str:
     """The tier of a test file; empty outside of the tiers' folders."""
     first = path.relative_to(TESTS).parts[0] if path.is_relative_to(TESTS) else ""
     return first if first in TIERS else ""
+
+
+def pytest_configure() -> None:
+    """A run in a shell's background begins with SIGINT ignored, and so would what the tests start and interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
