@@ -1,1 +1,1 @@
-"""The service proxy and policy engine. Not built yet: Services and NetworkPolicies are the work of later releases."""
+"""The service proxy: Kubernetes Services as rules of this node's kernel."""

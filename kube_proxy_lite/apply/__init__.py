@@ -1,0 +1,1 @@
+"""Appliers: what the renderers want, brought to the kernel."""

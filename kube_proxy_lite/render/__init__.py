@@ -1,0 +1,1 @@
+"""Renderers: desired Services → what a kernel interface takes. Pure."""

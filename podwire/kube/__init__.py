@@ -1,0 +1,1 @@
+"""Kubernetes objects, and how they are listed and watched."""
