@@ -71,10 +71,11 @@ class VxlanPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RoutePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer's block: `gateway` is its VTEP, taken as on-link."""
+    """The way to a peer's block: `gateway` is its VTEP, taken as `onlink`, or its address on the underlay itself."""
 
     gateway: Address
     device: str
+    onlink: bool = True
 
 
 class PeersPlan(msgspec.Struct, frozen=True, kw_only=True):
