@@ -8,7 +8,7 @@ records      items, events, the vocabulary of transactions (pure)
 wire         protobuf, and the only import of `pyetcd`
 """
 
-from podwire.etcd.backoff import Backoff, Clock, SystemClock
+from podwire.backoff import Backoff, Clock, SystemClock
 from podwire.etcd.connection import Observer
 from podwire.etcd.errors import AuthFailed, Compacted, EtcdError, EtcdUnavailable, SessionClosed
 from podwire.etcd.lease import Lease

@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
+from podwire.backoff import Clock
 from podwire.etcd import wire
-from podwire.etcd.backoff import Clock
 from podwire.etcd.errors import (
     AuthFailed,
     Compacted,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from podwire.backoff import Backoff
 from podwire.etcd import wire
-from podwire.etcd.backoff import Backoff
 from podwire.etcd.connection import Connection
 from podwire.etcd.errors import EtcdUnavailable
 

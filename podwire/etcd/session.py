@@ -12,10 +12,10 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from types import TracebackType
 
+from podwire.backoff import Clock, SystemClock
 from podwire.etcd import lease as leases
 from podwire.etcd import watch as watches
 from podwire.etcd import wire
-from podwire.etcd.backoff import Clock, SystemClock
 from podwire.etcd.connection import Connection, Observer, Silent
 from podwire.etcd.errors import Compacted
 from podwire.etcd.history import History

@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
+from podwire.backoff import Backoff
 from podwire.etcd import wire
-from podwire.etcd.backoff import Backoff
 from podwire.etcd.connection import Connection, Stream
 from podwire.etcd.errors import Compacted, EtcdError, EtcdUnavailable
 from podwire.etcd.records import Changes, Header, Listing, Snapshot

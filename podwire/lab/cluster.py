@@ -18,8 +18,9 @@ from typing import Any
 
 import msgspec
 
+from podwire import manifests
 from podwire.errors import PodwireError
-from podwire.lab import manifests, names, node, process, state, topology
+from podwire.lab import names, node, process, state, topology
 from podwire.lab.api.client import Client
 from podwire.lab.api.kinds import CONFIG_MAPS, DEPLOYMENTS, PODS, REPLICA_SETS, SECRETS
 from podwire.lab.api.kubeconfig import kubeconfig

@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 import yaml
 
-from podwire.lab import manifests
+from podwire import manifests
 from podwire.lab.api import client as api_client
 from podwire.lab.api.client import Client
 from podwire.lab.api.errors import AlreadyExists, ApiError, Conflict, Gone, Invalid, NotFound, Unreachable

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from podwire.lab import manifests
-from podwire.lab.manifests import ManifestError
+from podwire import manifests
+from podwire.manifests import ManifestError
 
 POD = "apiVersion: v1\nkind: Pod\nmetadata: {name: %s}\n"
 

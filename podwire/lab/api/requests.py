@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from podwire.lab import manifests
+from podwire import manifests
 from podwire.lab.api import selectors
 from podwire.lab.api.admission import Object
 from podwire.lab.api.errors import BadRequest, UnsupportedMediaType
