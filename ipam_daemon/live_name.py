@@ -1,7 +1,7 @@
 """A node's name in etcd, held under a lease for as long as the daemon lives.
 
-    absent ── take ──▶ held ── renewed three times a TTL ──▶ held
-                        │ the lease ran out (an outage longer than the TTL, a wiped etcd)
+    absent ── take ──▶ held ── renewed three times a TTL, and watched ──▶ held
+                        │ the lease ran out (an outage longer than the TTL, a wiped etcd), or somebody deleted the key
                         ├── nobody has the name ──▶ taken again, held
                         └── someone has it ──▶ lost: the daemon must stop
 
@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+from contextlib import aclosing
 from typing import TypeVar
 
 import msgspec
@@ -28,7 +29,7 @@ from ipam_daemon.claims import NodeNameTaken, name_taken
 from ipam_daemon.model import NodeRecord, Record, decode, encode
 from podwire.errors import PodwireError
 from podwire.etcd import Backoff, EtcdError, EtcdSession, EtcdUnavailable, Lease
-from podwire.etcd.records import Get, Item, Put, absent, unchanged
+from podwire.etcd.records import Deleted, Get, Item, Put, Snapshot, Written, absent, unchanged
 
 T = TypeVar("T")
 _PAST_TTLS = 3  # a leader gives all leases a new term; the lease may have been made with a longer one
@@ -93,12 +94,45 @@ class LiveName:
             while True:
                 assert self._lease is not None, "take comes first"
                 breaks = self._session.history.breaks
-                await self._session.keep_alive(self._lease)
-                log.warning("the lease of node name %r ran out; taking the name again", self._name)
+                why = await self._held(self._lease)
+                log.warning("%s; taking the name again", why)
                 await self._retake(generation, breaks)
         except PodwireError as error:
             log.error("node name %r cannot be held: %s", self._name, error)
             return error
+
+    async def _held(self, lease: Lease) -> str:
+        """Returns when the key is no more, or no more ours, and says why. A key may go while its lease lives on."""
+        renewing = asyncio.create_task(self._session.keep_alive(lease), name=f"renew-{self._name}")
+        watching = asyncio.create_task(self._gone(lease), name=f"watch-{self._name}")
+        try:
+            done, _ = await asyncio.wait({renewing, watching}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in (renewing, watching):
+                task.cancel()
+            await asyncio.gather(renewing, watching, return_exceptions=True)
+        if renewing in done:
+            return f"the lease of node name {self._name!r} ran out"
+        with contextlib.suppress(EtcdUnavailable):  # it ends by itself, and has nothing left to delete
+            await self._revoke(lease)
+        return f"somebody deleted or wrote {self._key}"
+
+    async def _gone(self, lease: Lease) -> None:
+        """Returns when the key is not there, or under another lease."""
+        async with aclosing(self._session.watch_prefix(self._key)) as batches:
+            async for batch in batches:
+                if isinstance(batch, Snapshot):
+                    found = next((each for each in batch.items if each.key == self._key), None)
+                    if found is None or found.lease != lease.id:
+                        return
+                    continue
+                for event in batch.events:  # of names that begin with ours, too
+                    if isinstance(event, Deleted) and event.key == self._key:
+                        return
+                    if isinstance(event, Written) and event.item.key == self._key and event.item.lease != lease.id:
+                        return
 
     async def _retake(self, generation: int, breaks: int) -> None:
         """Takes the name again through an outage. `breaks`: of the history when it was held last."""

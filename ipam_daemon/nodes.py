@@ -1,7 +1,8 @@
 """The nodes of the cluster as etcd has them, for people: who they are, whether they live, and how one is forgotten.
 
     podwire node forget    one transaction: nobody lives under the name, nothing of it has changed since it was read
-                           ──▶ its record, its blocks and a live key that no lease ends are deleted
+                           ──▶ its record, its blocks and a live key that no lease ends are deleted,
+                               forgotten/<name> says that it was forgotten (ipam_daemon.restoration)
 
 The record goes with the blocks: a record that outlived them would lead the peers of a block's next owner to the dead
 node. A node with more blocks than a transaction takes loses the record with the first of them, and forgetting goes on
@@ -14,18 +15,21 @@ It needs the rights of an administrator in etcd: a node may write only what is i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
 
+from ipam_daemon.departures import Gone
 from ipam_daemon.facts import Registered
 from ipam_daemon.live_name import Live
-from ipam_daemon.model import Block, NodeRecord, decode
+from ipam_daemon.model import Block, NodeRecord, decode, encode
 from ipam_daemon.registry import ROOT
+from ipam_daemon.restoration import Forgotten
 from podwire.errors import PodwireError, TryAgain
 from podwire.etcd import EtcdSession
-from podwire.etcd.records import Delete, Item, unchanged
+from podwire.etcd.records import Delete, Item, Put, unchanged
 
 _BLOCKS_A_TXN = 100  # etcd takes 128 operations in one
 T = TypeVar("T")
@@ -40,12 +44,14 @@ class NodeLives(TryAgain):
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """What etcd has of one node. `live` is the id of the machine that holds the name, empty when none does."""
+    """What etcd has of one node. `live` is the id of the machine that holds the name, empty when none does; then
+    `gone` is since when, in seconds since the epoch, 0 when nobody saw it go."""
 
     name: str
     record: NodeRecord | None = None
     blocks: tuple[Block, ...] = ()
     live: str = ""
+    gone: float = 0.0
     damaged: tuple[str, ...] = ()
     """Keys of the node that cannot be read."""
 
@@ -62,6 +68,7 @@ def views(items: Iterable[Item], root: str = ROOT) -> tuple[NodeView, ...]:
     live: dict[str, str] = {}
     blocks: dict[str, list[Block]] = {}
     damaged: dict[str, list[str]] = {}
+    gone: dict[str, float] = {}
     for item in items:
         place, _, name = item.key.removeprefix(root).partition("/")
         if place == "nodes":
@@ -73,6 +80,8 @@ def views(items: Iterable[Item], root: str = ROOT) -> tuple[NodeView, ...]:
         elif place == "live":
             holder = _readable(item, Live)
             live[name] = holder.node_id if holder is not None else "unknown"
+        elif place == "gone" and (went := _readable(item, Gone)) is not None:
+            gone[name] = went.at
         elif place == "blocks" and (block := _readable(item, Block)) is not None:
             blocks.setdefault(block.node, []).append(block)
     names = records.keys() | live.keys() | blocks.keys() | damaged.keys()
@@ -82,6 +91,7 @@ def views(items: Iterable[Item], root: str = ROOT) -> tuple[NodeView, ...]:
             record=records.get(name),
             blocks=tuple(sorted(blocks.get(name, ()), key=lambda block: block.cidr.network_address.packed)),
             live=live.get(name, ""),
+            gone=0.0 if name in live else gone.get(name, 0.0),
             damaged=tuple(damaged.get(name, ())),
         )
         for name in sorted(names)
@@ -122,7 +132,12 @@ async def forget(session: EtcdSession, name: str, root: str = ROOT) -> tuple[Blo
         keys = [(each.key, each.mod_revision) for each, _ in some]
         keys += [(key, item.mod_revision if item else 0) for key, item in ((node_key, record), (live_key, live))]
         result = await session.txn(
-            [unchanged(key, revision) for key, revision in keys], [Delete(key) for key, revision in keys if revision]
+            [unchanged(key, revision) for key, revision in keys],
+            [
+                *(Delete(key) for key, revision in keys if revision),
+                Delete(f"{root}gone/{name}"),
+                Put(f"{root}forgotten/{name}", encode(Forgotten(at=time.time()))),
+            ],
         )
         if result.succeeded:
             released += [block for _, block in some]

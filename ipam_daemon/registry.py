@@ -4,7 +4,9 @@
     /podwire/v1/blocks/<cidr>   Block            one key per block and family; permanent until released
     /podwire/v1/nodes/<name>    NodeRecord       what peers need to reach the node's pods; permanent
     /podwire/v1/live/<name>     Live             under a lease: says only that the daemon lives (ipam_daemon.live_name)
+    /podwire/v1/gone/<name>     Gone             since when the daemon has not lived (ipam_daemon.departures)
     /podwire/v1/restored        Restored         under a lease: no new claims for now (ipam_daemon.restoration)
+    /podwire/v1/forgotten/<name> Forgotten       somebody made the cluster forget the node, until it joins again
 
 Every claim is one transaction on the key that it is about, so two nodes cannot both win. A claim also holds only under
 the configuration that was agreed on: since the block size cannot change unseen, no two claims of different sizes can
@@ -46,6 +48,7 @@ from ipam_daemon.claims import (
     overlap,
     parse_network,
 )
+from ipam_daemon.departures import Departures
 from ipam_daemon.live_name import LiveName
 from ipam_daemon.model import Block, ClusterConfig, Network, NodeRecord, Pool, encode
 from ipam_daemon.node_list import NodeList, decoded
@@ -148,6 +151,7 @@ class EtcdRegistry:
         self._root = root
         self._live_s = live_s
         self._restoration = Restoration(session, root, settle_s or 2 * live_s, look_s=live_s)
+        self._departures = Departures(session, root)
         self._live: LiveName | None = None
         self._agreed: tuple[ClusterConfig, int] | None = None  # with the mod revision of its key
         self._unsure: list[Network] = []  # claimed perhaps: the answer was lost
@@ -215,6 +219,7 @@ class EtcdRegistry:
         self._live = live
         self._restoration.node = name
         self._restoration.begin()
+        self._departures.begin(name)
         return Entry(name=name, node_id=node_id, generation=generation, reowned=tuple(reowned))
 
     async def look_at_name(self) -> None:
@@ -227,6 +232,7 @@ class EtcdRegistry:
 
     async def leave(self) -> None:
         await self._restoration.end()
+        await self._departures.end()
         live, self._live = self._live, None
         if live is not None:
             await live.leave()
@@ -271,7 +277,7 @@ class EtcdRegistry:
                     self._restoration.wrote(item.key, item.mod_revision)
                     return None
             if await self._claim(block):
-                self._restoration.found_lost(self._block_key(block.cidr))
+                await self._restoration.missed(self._block_key(block.cidr))
                 return None
 
     async def release_block(self, block: Block) -> bool:
@@ -351,10 +357,23 @@ class EtcdRegistry:
             if stored is not None and not may_publish(record, stored):
                 raise name_taken(record.name, stored.node_id, stored.addresses)
             before = unchanged(key, 0 if item is None else item.mod_revision)
-            result = await self._session.txn([before], [Put(key, encode(record))])
+            trace = self._restoration.trace if self._restoration.node == record.name else ""
+            asked = [Get(trace)] if trace else []
+            result = await self._session.txn([before], [Put(key, encode(record)), *asked])
             if result.succeeded:
                 self._restoration.wrote(key, result.revision)
+                if any(result.found):
+                    await self._clear(trace)
                 return
+
+    async def _clear(self, trace: str) -> None:
+        """The node is back: from now on keys that it misses were lost."""
+        try:
+            await self._session.delete(trace)
+        except EtcdError as error:
+            if error.code != "PERMISSION_DENIED":
+                raise
+            log.warning("%s stays, since this node's role may not delete it: see docs/etcd.md", trace)
 
     async def watch_nodes(self) -> AsyncGenerator[Mapping[str, NodeRecord], None]:
         await self._restoration.settled()

@@ -8,6 +8,10 @@ at the first answer after the outage. Or a key that this node has written is gon
 finds also a store that has overtaken the old revision, by one cheap read of a node's own few keys (its record and its
 blocks) every `live_s` seconds. A node that lost nothing need not notice.
 
+A node that was forgotten (`podwire node forget`) misses its keys, too. Who forgets leaves a trace, `forgotten/<node>`,
+in the same transaction, so that nobody takes the one for the other: the node joins again, and nobody waits. The node
+deletes the trace when it has published its record.
+
 The key in etcd makes the others wait, too, a new node above all, which cannot know what the store has lost. A node
 waits by its own clock besides, so that a key that cannot be written (a role without that permission) costs safety
 between nodes only as far as they do not notice themselves.
@@ -34,12 +38,19 @@ class Restored(Record, frozen=True, kw_only=True):
     why: str
 
 
+class Forgotten(Record, frozen=True, kw_only=True):
+    """The value of forgotten/<node>: when it was forgotten, in seconds since the epoch. For people."""
+
+    at: float
+
+
 class Restoration:
     """One node's part in it. `key` is the cluster's, `settle_s` for how long new claims wait."""
 
     def __init__(self, session: EtcdSession, root: str, settle_s: int, look_s: float) -> None:
         self.key = f"{root}restored"
         self.node = ""
+        self._root = root
         self._session = session
         self._settle_s = settle_s
         self._look_s = look_s
@@ -59,6 +70,16 @@ class Restoration:
     def gave_up(self, key: str) -> None:
         """`key` is, or is about to be, no longer this node's."""
         self._witnesses.pop(key, None)
+
+    @property
+    def trace(self) -> str:
+        """The key that says that this node was forgotten."""
+        return f"{self._root}forgotten/{self.node}"
+
+    async def missed(self, key: str) -> None:
+        """The store had not `key`, which was this node's: lost, or given up with the node when that was forgotten."""
+        if not self.node or await self._session.get(self.trace) is None:
+            self.found_lost(key)
 
     def found_lost(self, key: str) -> None:
         """The store has lost `key`, which was this node's. Says nothing new while claims wait anyway."""
@@ -90,11 +111,12 @@ class Restoration:
         known = list(self._witnesses.items())
         for start in range(0, len(known), _KEYS_A_TXN):
             some = known[start : start + _KEYS_A_TXN]
-            found = (await self._session.txn([], [Get(key) for key, _ in some])).found
+            *found, trace = (await self._session.txn([], [*(Get(key) for key, _ in some), Get(self.trace)])).found
             for (key, revision), item in zip(some, found, strict=True):
                 if self._witnesses.get(key) == revision and (item is None or item.mod_revision < revision):
                     self.gave_up(key)  # told once; who writes it again says so
-                    self.found_lost(key)
+                    if trace is None:
+                        self.found_lost(key)
 
     async def _look_forever(self) -> None:
         while True:

@@ -1,9 +1,10 @@
 """What a node's daemon must be allowed to do in etcd, and no more. Pure.
 
 etcd grants by key and range of keys, not by value. So a node can be kept from writing another node's record and name,
-and the configuration; but any free block may become its own, so that it has to write all keys under blocks/, and the
-key that makes claims wait. What keeps nodes apart there is the daemon: every write is a transaction on the key's
-revision. A transaction is refused as a whole when one of its operations is, even in the branch not taken.
+and the configuration; but any free block may become its own, so that it has to write all keys under blocks/, the key
+that makes claims wait, and what is for people only (gone/). What keeps nodes apart there is the daemon: every write is
+a transaction on the key's revision. A transaction is refused as a whole when one of its operations is, even in the
+branch not taken.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def node_grants(node: str, root: str = ROOT) -> tuple[Grant, ...]:
         Grant(permission="readwrite", key=f"{root}blocks/", prefix=True),
         Grant(permission="readwrite", key=f"{root}nodes/{node}"),
         Grant(permission="readwrite", key=f"{root}live/{node}"),
+        Grant(permission="readwrite", key=f"{root}gone/", prefix=True),
         Grant(permission="readwrite", key=f"{root}restored"),
+        Grant(permission="readwrite", key=f"{root}forgotten/{node}"),
     )
 
 

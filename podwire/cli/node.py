@@ -112,11 +112,12 @@ def _forget(options: EtcdOptions, name: str, *, sure: bool) -> int:
 
 
 def plain(view: NodeView) -> dict[str, object]:
-    """A node as JSON has it; the keys are stable. `published` is in seconds since the epoch, null when not known."""
+    """A node as JSON has it; the keys are stable. Times are in seconds since the epoch, null when not known."""
     record = view.record
     return {
         "name": view.name,
         "live": bool(view.live),
+        "gone": view.gone or None,
         "machine": record.node_id if record else view.live or None,
         "generation": record.generation if record else None,
         "addresses": [str(each) for each in record.addresses] if record else [],
@@ -148,7 +149,7 @@ def _print(found: Sequence[NodeView]) -> None:
         shown = msgspec.convert(plain(view), dict)
         table.add_row(
             view.name,
-            "yes" if view.live else "no",
+            "yes" if view.live else _gone(view.gone),
             " ".join(shown["addresses"]),
             " ".join(shown["blocks"]),
             shown["machine"] or "-",
@@ -160,6 +161,10 @@ def _print(found: Sequence[NodeView]) -> None:
     for view in found:
         for problem in problems(view):
             console.print(f"{view.name}: {problem}")
+
+
+def _gone(seconds: float) -> str:
+    return f"no, since {_moment(seconds)}" if seconds else "no"
 
 
 def _moment(seconds: float | None) -> str:

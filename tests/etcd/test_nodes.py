@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from podwire.lab.etcd import EtcdServer
 
 POOL = Pool(cidr=ipaddress.ip_network("10.244.0.0/16"), block_size=26)
 Run = Callable[[Coroutine[Any, Any, None]], None]
+Until = Callable[[Callable[[], Awaitable[object]]], Awaitable[None]]
 
 
 async def joined(session: EtcdSession, root: str, name: str, blocks: int = 1) -> tuple[EtcdRegistry, NodeRecord]:
@@ -126,5 +128,85 @@ def test_a_node_that_changes_while_it_is_forgotten_is_looked_at_again(
             assert msgspec.structs.replace(shown.record, published=0.0) == record
             assert [block.cidr for block in shown.blocks] == list(record.blocks)
             await entered[0].leave()
+
+    run(story())
+
+
+def test_since_when_a_node_does_not_live_is_seen_by_another(
+    server: EtcdServer, prefix: str, run: Run, until: Until
+) -> None:
+    """It stops, comes back, and dies another time: each time the list says since when."""
+
+    async def story() -> None:
+        async with EtcdSession(EtcdOptions(endpoints=(server.endpoint,))) as session:
+            others = [(await joined(session, prefix, name))[0] for name in ("other", "third")]
+            began = time.time()
+
+            async def gone() -> float:
+                return {each.name: each for each in await list_nodes(session, prefix)}["gone"].gone
+
+            for how in ("stops", "dies"):
+                registry, _ = await joined(session, prefix, "gone")
+                assert await gone() == 0, "a node that lives is not gone, whatever was before"
+                if how == "stops":
+                    await registry.leave()
+                else:
+                    (item,) = (await session.get_prefix(f"{prefix}live/gone")).items
+                    await leave_for_dead(registry)
+                    await session.revoke(item.lease)
+                await until(lambda since=began: later(gone, since))  # type: ignore[misc]
+                assert began <= await gone() <= time.time()
+                began = time.time()
+            await forget(session, "gone", prefix)
+            assert await session.get(f"{prefix}gone/gone") is None
+            for each in others:
+                await each.leave()
+
+    async def later(when: Callable[[], Awaitable[float]], since: float) -> bool:
+        return await when() >= since
+
+    run(story())
+
+
+async def leave_for_dead(registry: EtcdRegistry) -> None:
+    """Ends what a killed process would not do any more, and takes nothing out of etcd."""
+    assert registry._live is not None
+    assert registry._live._task is not None
+    registry._live._task.cancel()
+    registry._live = None
+    await registry.leave()
+
+
+@pytest.mark.fault("a node that was forgotten comes back", promises=("it joins again", "nobody's claims wait"))
+@pytest.mark.parametrize("noticed_by", ["its blocks, which it claims again", "its keys, which it looks after"])
+def test_who_was_forgotten_comes_back_without_an_alarm(
+    server: EtcdServer, prefix: str, run: Run, noticed_by: str
+) -> None:
+    async def story() -> None:
+        async with (
+            EtcdSession(EtcdOptions(endpoints=(server.endpoint,))) as session,
+            EtcdSession(EtcdOptions(endpoints=(server.endpoint,))) as far,
+        ):
+            back, record = await joined(far, prefix, "back", 2)
+            blocks = await back.load_blocks("back")
+            assert back._live is not None
+            assert back._live._lease is not None
+            back._live._task.cancel()  # type: ignore[union-attr]
+            await session.revoke(back._live._lease.id)
+            await forget(session, "back", prefix)
+            if noticed_by.startswith("its keys"):
+                await back._restoration.look()
+            else:
+                for block in blocks:
+                    assert await back.reclaim_block(block) is None
+            assert far.history.breaks == 0
+            assert await session.get(f"{prefix}restored") is None
+            await back.claim_block(POOL, "back", "id-back", 1)
+            await back.publish(record)
+            assert await session.get(f"{prefix}forgotten/back") is None
+            await session.delete(f"{prefix}nodes/back")
+            await back._restoration.look()
+            assert far.history.breaks == 1, "what is lost from now on was not given up"
+            await back.leave()
 
     run(story())

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any
 
 import pytest
@@ -173,6 +174,33 @@ def test_after_an_outage_longer_than_the_lease_the_name_is_taken_again(outage: A
         assert await scene.gone()
 
     outage(story)
+
+
+@pytest.mark.fault("a live key deleted by hand", promises=("it is written again",))
+@pytest.mark.parametrize("how", ["the key alone", "its lease, and the key with it"])
+def test_a_live_key_that_somebody_deleted_is_written_again(
+    server: EtcdServer, prefix: str, run: Run, until: Until, how: str
+) -> None:
+    """The lease lives on, and would for hours: its own renewal does not miss the key."""
+
+    async def story() -> None:
+        async with connect(server.endpoint) as etcd, connect(server.endpoint) as hand:
+            registry, longer = (EtcdRegistry(etcd, root=prefix, live_s=3600) for _ in range(2))
+            await registry.enter("a", "id-1")
+            await longer.enter("a2", "id-1")  # a name that begins with the other's
+            for _ in range(2):
+                before = await hand.get(prefix + "live/a")
+                assert before is not None
+                await (hand.delete(prefix + "live/a") if how == "the key alone" else hand.revoke(before.lease))
+                await until(partial(hand.get, prefix + "live/a"))
+                after = await hand.get(prefix + "live/a")
+                assert after is not None
+                assert after.lease not in (0, before.lease)
+            assert etcd.history.breaks == 0
+            await registry.leave()
+            await longer.leave()
+
+    run(story())
 
 
 @pytest.mark.fault("the node's name taken during an outage", promises=("who took it keeps it, the other ends",))
