@@ -21,6 +21,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from ipam_daemon.errors import PlumbingFailed
+from ipam_daemon.peer_messages import BulkChannel
 from ipam_daemon.rtnl import Channel
 from podwire.netns import inside, netlink_socket
 
@@ -29,12 +30,13 @@ T = TypeVar("T")
 
 
 class NetlinkThread:
-    """One thread with its netlink sockets in the node's own namespace: pyroute2's, and one for packed messages."""
+    """One thread with its netlink sockets in the node's own namespace: pyroute2's, and two for packed messages."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netlink")
         self._host: Any = None
         self._channel: Channel | None = None
+        self._bulk: BulkChannel | None = None
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs `function` on the thread. A call that was begun is finished even when the caller is cancelled.
@@ -63,9 +65,16 @@ class NetlinkThread:
             self._channel = Channel(netlink_socket())
         return self._channel
 
+    @property
+    def bulk(self) -> BulkChannel:
+        """The node's socket for many messages at a time. Only for functions that run on the thread."""
+        if self._bulk is None:
+            self._bulk = BulkChannel(netlink_socket())
+        return self._bulk
+
     async def close(self) -> None:
         """Finishes what is queued and closes the sockets."""
-        for each in (self._host, self._channel):
+        for each in (self._host, self._channel, self._bulk):
             if each is not None:
                 await self.run(each.close)
         self._executor.shutdown(wait=True)

@@ -153,6 +153,12 @@ def plan_node(
     )
 
 
+def with_peers(plan: NodePlan, peers: PeersPlan, vteps: frozenset[Address]) -> NodePlan:
+    """The plan of a node whose peers are known now. `vteps` are their addresses on the underlay."""
+    firewall = msgspec.structs.replace(plan.firewall, vteps=vteps)
+    return msgspec.structs.replace(plan, peers=peers, firewall=firewall)
+
+
 def plan_peers(peers: Iterable[NodeRecord]) -> PeersPlan:
     """Routes, neighbours and FDB entries towards `peers`. Of two records that claim one thing, the first has it."""
     neighbours: dict[Address, str] = {}
@@ -262,8 +268,9 @@ def is_same_wire(found: Attachment, row: Attachment) -> bool:
 
 
 def _others(name: str, peers: Iterable[NodeRecord]) -> list[NodeRecord]:
-    return sorted((peer for peer in peers if peer.name != name and _is_complete(peer)), key=lambda peer: peer.name)
+    return sorted((peer for peer in peers if peer.name != name and is_complete(peer)), key=lambda peer: peer.name)
 
 
-def _is_complete(peer: NodeRecord) -> bool:
+def is_complete(peer: NodeRecord) -> bool:
+    """Whether the record says what it takes to reach the node's pods."""
     return bool(peer.addresses and peer.vtep_mac and peer.vtep_addresses)
