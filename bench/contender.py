@@ -80,6 +80,12 @@ class Contender:
         finished = self._execute("ADD", pod, container_id, self._config)
         return Attached(pod=pod, container_id=container_id, finished=finished)
 
+    def refused(self, pod: Namespace) -> tuple[Finished, int]:
+        """Asks for an ADD that may be refused. The process, and the CNI error code, 0 for none."""
+        with self.node.entered():
+            finished = self._call("ADD", pod, f"{pod.name}-refused", self._config)
+        return finished, int(json.loads(finished.stdout).get("code", 0)) if finished.exit_code else 0
+
     def prove(self, attached: Attached) -> Added:
         """Looks at what ADD has done. Raises BenchFailed when the pod is not attached."""
         pod, result = attached.pod, json.loads(attached.finished.stdout)
@@ -130,12 +136,15 @@ class Contender:
             return self._run(command, pod, container_id, config)
 
     def _run(self, command: str, pod: Namespace, container_id: str, config: dict[str, Any]) -> Finished:
-        environment = cni_environment(command, pod.path, container_id, self._executable.parent)
-        finished = run([str(self._executable)], environment, json.dumps(config).encode())
+        finished = self._call(command, pod, container_id, config)
         if finished.exit_code != 0:
             said = (finished.stdout + finished.stderr).decode(errors="replace").strip()
             raise BenchFailed(f"{self.name}: {command} ended with {finished.exit_code}: {said[-500:]}")
         return finished
+
+    def _call(self, command: str, pod: Namespace, container_id: str, config: dict[str, Any]) -> Finished:
+        environment = cni_environment(command, pod.path, container_id, self._executable.parent)
+        return run([str(self._executable)], environment, json.dumps(config).encode())
 
     def _find_host_link(self, result: dict[str, Any]) -> str:
         """The node's end of the wire: the interface of the result that is neither the pod's nor the bridge."""

@@ -36,8 +36,13 @@ class Memory(dict[str, float]):
 class PodwireNode:
     """A daemon that is ready."""
 
-    def __init__(self, namespace: Namespace, process: subprocess.Popen[bytes], executable: Path) -> None:
+    def __init__(
+        self, namespace: Namespace, process: subprocess.Popen[bytes], executable: Path, etcd: EtcdServer, socket: Path
+    ) -> None:
         self.contender = Contender("Podwire", namespace, executable, {"type": "podwire"})
+        self.etcd = etcd
+        self.socket = socket
+        """Where the daemon listens."""
         self._namespace = namespace
         self._process = process
 
@@ -90,8 +95,9 @@ def spent(
 
 
 @contextlib.contextmanager
-def podwire_node(stage: Stage, name: str) -> Iterator[PodwireNode]:
-    """A node on its own etcd; `name` is its namespace's, and different for every node of a stage."""
+def podwire_node(stage: Stage, name: str, **changes: object) -> Iterator[PodwireNode]:
+    """A node on its own etcd; `name` is its namespace's, and different for every node of a stage. `changes` are
+    settings of the daemon that are not its defaults."""
     namespace = stage.node(name)
     memory, disk = stage.memory / name, stage.disk / name
     memory.mkdir()
@@ -105,6 +111,7 @@ def podwire_node(stage: Stage, name: str) -> Iterator[PodwireNode]:
         "pools": [{"cidr": "10.244.0.0/16"}],
         "runDir": str(memory / "run"),
         "stateDir": str(disk / "state"),
+        **changes,
     }
     (disk / "ipamd.yaml").write_text(yaml.safe_dump(settings))
     executable = install(disk / "bin", None, memory / "run" / "ipamd.sock", disk / "state" / "del-queue")
@@ -115,7 +122,7 @@ def podwire_node(stage: Stage, name: str) -> Iterator[PodwireNode]:
             (*command, "--config", str(disk / "ipamd.yaml")), stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
         try:
-            node = PodwireNode(namespace, process, executable)
+            node = PodwireNode(namespace, process, executable, etcd, memory / "run" / "ipamd.sock")
             node.wait_ready(log_path)
             yield node
         finally:
