@@ -13,7 +13,11 @@ not even when the block is full: a wire with that address may still exist.
 
 With several blocks, a free address of any of them goes before a cooling one, and of those the oldest comes first.
 
-An operation is O(1) in addresses and O(blocks), but for restoring, which is O(size of the blocks). An allocator is a
+An allocation is one address of each family of the cluster's pools, or none at all.
+
+Addresses that nobody has had yet are not enumerated: they are two ranges, from the last one handed out to the end and
+from the beginning to there, and the few in them that are taken. So a block of 2^64 addresses costs what one of 256
+does: memory for the addresses that are not fresh (~200 bytes each), O(1) an operation and O(blocks). An allocator is a
 cache of the journal and can be rebuilt from it at any time; it does no I/O and takes the time as an argument (seconds,
 any epoch).
 """
@@ -63,6 +67,38 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
         return cls(gateway=gateway, vtep=vtep, reserved=frozenset({cidr[0], gateway, vtep, *last}))
 
 
+class _Fresh:
+    """The addresses of a block that nobody has had, in turn: those after `last`, then the others. `count` says how
+    many they are."""
+
+    def __init__(self, cidr: Network, taken: Iterable[Address], last: Address | None) -> None:
+        self._cidr = cidr
+        self._out = {self._index(address) for address in taken}  # passed over when their turn comes
+        size, begin = cidr.num_addresses, 0 if last is None else self._index(last) + 1
+        self._ranges = deque([(begin, size), (0, begin)])
+        self.count = size - len(self._out)
+
+    def pop(self) -> Address | None:
+        """The next one, no longer fresh; None when there is none."""
+        while self._ranges:
+            index, end = self._ranges.popleft()
+            if index < end:
+                self._ranges.appendleft((index + 1, end))
+                if index not in self._out:
+                    self.count -= 1
+                    return self._cidr[index]
+                self._out.remove(index)
+        return None
+
+    def take(self, address: Address) -> None:
+        """Makes this one, which is fresh, no longer so."""
+        self._out.add(self._index(address))
+        self.count -= 1
+
+    def _index(self, address: Address) -> int:
+        return int(address) - int(self._cidr.network_address)
+
+
 class BlockAllocator:
     """The addresses of one block."""
 
@@ -72,8 +108,10 @@ class BlockAllocator:
         self._used: set[Address] = set()
         self._releasing: set[Address] = set()
         self._cooling: OrderedDict[Address, float] = OrderedDict()  # address → when it is cool, oldest first
-        self._free: deque[Address] = deque()
-        self.restore((), (), {}, None)
+        # The queue of free addresses: what was given back, what nobody has had, what has cooled down.
+        self._first: deque[Address] = deque()
+        self._fresh = _Fresh(block.cidr, self._layout.reserved, None)
+        self._cooled: OrderedDict[Address, None] = OrderedDict()
 
     def restore(
         self,
@@ -90,17 +128,18 @@ class BlockAllocator:
         cold = [each for each in cooling.items() if each[0] not in self._used | self._releasing]
         self._cooling = OrderedDict(sorted(cold, key=lambda item: item[1]))
         taken = self._used | self._releasing | self._cooling.keys() | self._layout.reserved
-        free = [address for address in self.block.cidr if address not in taken]
-        later = next((i for i, address in enumerate(free) if last is not None and int(address) > int(last)), 0)
-        self._free = deque(free[later:] + free[:later])
+        self._first.clear()
+        self._fresh = _Fresh(self.block.cidr, taken, last)
+        self._cooled.clear()
 
     def take_free(self, now: float) -> Address | None:
         """The address that is free for longest, now used; None when none is free."""
         self._thaw(now)
-        if not self._free:
-            return None
-        address = self._free.popleft()
-        self._used.add(address)
+        address = self._first.popleft() if self._first else self._fresh.pop()
+        if address is None and self._cooled:
+            address, _ = self._cooled.popitem(last=False)
+        if address is not None:
+            self._used.add(address)
         return address
 
     def take(self, address: Address, now: float) -> str:
@@ -112,8 +151,12 @@ class BlockAllocator:
             return "is in use"
         if address in self._releasing:
             return "is still being released"
-        if self._cooling.pop(address, None) is None:
-            self._free.remove(address)
+        if address in self._first:
+            self._first.remove(address)
+        elif address in self._cooled:
+            del self._cooled[address]
+        elif self._cooling.pop(address, None) is None:
+            self._fresh.take(address)
         self._used.add(address)
         return ""
 
@@ -139,7 +182,7 @@ class BlockAllocator:
     def give_back(self, address: Address) -> None:
         """A used address that no wire ever had is free at once, at the head of the queue."""
         self._used.remove(address)
-        self._free.appendleft(address)
+        self._first.appendleft(address)
 
     def release(self, address: Address) -> None:
         """A used address whose wire is being deleted."""
@@ -160,7 +203,7 @@ class BlockAllocator:
             releasing=len(self._releasing),
             cooling=len(self._cooling),
             reserved=len(self._layout.reserved),
-            free=len(self._free),
+            free=len(self._first) + self._fresh.count + len(self._cooled),
         )
 
     def _thaw(self, now: float) -> None:
@@ -169,7 +212,7 @@ class BlockAllocator:
             if until > now:
                 return
             del self._cooling[address]
-            self._free.append(address)
+            self._cooled[address] = None
 
 
 class Allocator:
@@ -177,6 +220,9 @@ class Allocator:
 
     def __init__(self) -> None:
         self._blocks: dict[Network, BlockAllocator] = {}
+        self.families: frozenset[int] = frozenset()
+        """The families of the cluster's pools: an allocation has an address of each, though the node may have no block
+        of one yet."""
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -192,14 +238,14 @@ class Allocator:
         self._blocks = {cidr: each for cidr, each in self._blocks.items() if cidr in cidrs}
 
     def allocate(self, now: float, wanted: Iterable[Address] = ()) -> tuple[Interface, ...]:
-        """One address of each family that the node has blocks of, with the block's prefix length; those of `wanted` for
-        their families, any for the others.
+        """One address of each family of the pools, with the block's prefix length; those of `wanted` for their families,
+        any for the others.
 
         Raises AddressUnavailable for a wanted one that cannot be had, Exhausted when a family has none; whatever was
         taken of another family is given back.
         """
-        by_family = {address.version: address for address in wanted}
-        families = sorted({cidr.version for cidr in self._blocks} | by_family.keys())
+        by_family: dict[int, Address] = {address.version: address for address in wanted}
+        families = sorted({cidr.version for cidr in self._blocks} | self.families | by_family.keys())
         got: list[Interface] = []
         try:
             for family in families:
@@ -268,6 +314,8 @@ class Allocator:
 
     def _exhaustion(self, family: int, now: float) -> str:
         uses = [use for use in self.use(now) if use.block.cidr.version == family]
+        if not uses:
+            return f"this node has no block of IPv{family} addresses"
         pools = ", ".join(sorted({use.block.pool for use in uses}))
         cidrs = ", ".join(str(use.block.cidr) for use in uses)
         return (

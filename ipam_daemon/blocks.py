@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from ipam_daemon import supply
+from ipam_daemon.allocator import BlockUse
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.errors import Exhausted, TryAgainLater
 from ipam_daemon.faults import point
@@ -64,7 +65,7 @@ class BlockKeeper:
         self._to_release: list[Block] = []
         self._joined = asyncio.Event()
         self._lock = asyncio.Lock()
-        self._empty_since: dict[str, dict[Network, float]] = {}  # by pool
+        self._empty_since: dict[Network, dict[Network, float]] = {}  # by pool
         self.obstacle = ""
         """Why the last claim failed; empty when none has."""
 
@@ -107,11 +108,15 @@ class BlockKeeper:
         except (TimeoutError, TryAgain) as error:
             self.obstacle = str(error) or f"no answer within {_PATIENCE:g} s"
             raise TryAgainLater(f"{shortage}; claiming another block: {self.obstacle}") from error
-        if len(self._owned) >= self._limit * len(self._config.pools) and not self._available():
-            raise Exhausted(f"{shortage}; this node may have {self._limit} blocks of a pool at the most (maxBlocks)")
+        for pool in self._config.pools:
+            uses = self._uses(pool)
+            if len(uses) >= self._limit and not supply.available(uses):
+                raise Exhausted(
+                    f"{shortage}; this node may have {self._limit} blocks of a pool at the most (maxBlocks)"
+                )
 
-    def _available(self) -> int:
-        return supply.available(self._attachments.uses())
+    def _uses(self, pool: Pool) -> list[BlockUse]:
+        return [each for each in self._attachments.uses() if pool.has(each.block)]
 
     async def _claim_for_add(self) -> None:
         async with self._lock:  # whoever waited here finds what the one before has claimed
@@ -126,11 +131,11 @@ class BlockKeeper:
 
     async def _step(self, pool: Pool) -> bool:
         """Claims or returns one block, if that is due. True when it did."""
-        uses = [each for each in self._attachments.uses() if each.block.pool == pool.name]
+        uses = self._uses(pool)
         now = self._clock()
-        former = self._empty_since.get(pool.name, {})
+        former = self._empty_since.get(pool.cidr, {})
         since = {use.block.cidr: former.get(use.block.cidr, now) for use in uses if supply.is_empty(use)}
-        self._empty_since[pool.name] = since
+        self._empty_since[pool.cidr] = since
         decision = supply.decide(pool, uses, since, now, limit=self._limit, idle_s=self._idle_s)
         if isinstance(decision, Claim):
             block = await self._claim(pool)

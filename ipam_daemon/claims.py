@@ -188,7 +188,11 @@ def keep_former(former: Mapping[str, NodeRecord], known: Mapping[str, NodeRecord
 
 
 def check_same(ours: ClusterConfig, theirs: ClusterConfig, where: str) -> None:
-    """Raises ConfigMismatch, naming the first field that differs, both values and the remedy."""
+    """Raises ConfigMismatch, naming the first field that differs, both values and the remedy.
+
+    The backend may differ: the cluster's holds, and a node's own is only what the first one of a cluster begins with.
+    """
+    ours = msgspec.structs.replace(ours, backend=theirs.backend)
     found = _difference("", msgspec.json.decode(encode(ours)), msgspec.json.decode(encode(theirs)))
     if found is not None:
         field, mine, other = found

@@ -54,29 +54,52 @@ class Record(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Pool(Value, frozen=True, kw_only=True):
-    """Addresses that blocks are cut from. `cidr` is a network in canonical form; `block_size` is a prefix length."""
+    """Addresses that blocks are cut from. `cidr` is a network in canonical form; `block_size` is a prefix length, by
+    default what Kubernetes cuts pod networks into: /24 and /64."""
 
     name: str = "default"
     cidr: Network
-    block_size: int = 24
+    block_size: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.block_size:
+            msgspec.structs.force_setattr(self, "block_size", BLOCK_SIZE[self.cidr.version])
 
     def blocks(self) -> Iterator[Network]:
         """Every block of the pool, lowest first."""
         return iter(self.cidr.subnets(new_prefix=self.block_size))
 
+    def has(self, block: Block) -> bool:
+        """Whether the block is of this pool: pools of the two families may share a name."""
+        return block.pool == self.name and block.cidr.version == self.cidr.version
 
-class VxlanBackend(Value, frozen=True, kw_only=True, tag_field="type", tag="vxlan"):
-    """Pods of other nodes are reached through one VXLAN device (RFC 7348). `port` is the UDP port, `vni` the id."""
 
+BLOCK_SIZE = {4: 24, 6: 64}
+"""The prefix length of a block of each family, unless the pool says otherwise."""
+
+
+class BackendType(StrEnum):
+    """How pods of other nodes are reached."""
+
+    VXLAN = "vxlan"  # through one VXLAN device (RFC 7348)
+    DIRECT = "direct"  # by plain routes over the underlay: all nodes are on one segment
+    AUTO = "auto"  # direct where the other node is on the same segment, VXLAN elsewhere
+
+
+class Backend(Value, frozen=True, kw_only=True):
+    """`port` is VXLAN's UDP port, `vni` its id. A cluster's backend changes while it runs (ipam_daemon/cluster.py)."""
+
+    type: BackendType = BackendType.VXLAN
     vni: int = 1
     port: int = 4789
 
 
 class ClusterConfig(Record, frozen=True, kw_only=True):
-    """What all nodes must agree on; the first daemon writes it to etcd, later ones must say the same."""
+    """What holds for all nodes. The first daemon writes it to etcd; later ones must say the same of the pools, and
+    follow it in the backend."""
 
     pools: tuple[Pool, ...] = ()
-    backend: VxlanBackend = VxlanBackend()
+    backend: Backend = Backend()
 
 
 class Block(Record, frozen=True, kw_only=True):

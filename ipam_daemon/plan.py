@@ -8,9 +8,20 @@
     │                └── default                  masqueraded, as are nodes    │
     └─────────────────────────────────────────────────────────────────────────┘
 
-For each peer there is one route a block, and one neighbour entry and one FDB entry a VTEP, all permanent: nothing is
-learnt, nothing is resolved, and the cost is three small kernel objects a peer. The inner MAC finds the underlay address
-(FDB), the VTEP's address finds the inner MAC (neighbour), the pod's address finds the VTEP (route).
+By VXLAN there is, for each peer, one route a block, and one neighbour entry and one FDB entry a VTEP, all permanent:
+nothing is learnt, nothing is resolved, and the cost is three small kernel objects a peer. The inner MAC finds the
+underlay address (FDB), the VTEP's address finds the inner MAC (neighbour), the pod's address finds the VTEP (route).
+
+Directly there is the route alone, by the peer's own address on the underlay, when that is on a network that this node
+is on, too:
+
+    vxlan    10.244.2.0/24 via 10.244.2.2 dev pw-vxlan onlink          pods have the underlay's MTU less the overhead
+    direct   10.244.2.0/24 via 172.31.0.12 dev eth0                    pods have the underlay's MTU
+    auto     direct to the nodes on the same network, VXLAN to others  the MTU of VXLAN, which some packets may need
+
+The choice is made for each block, so one family may go directly and the other by VXLAN. A node takes both kinds of
+packets whatever the backend, and the VXLAN device stays in all of them (it has the VTEP's addresses): nodes that change
+from one backend to the other at different moments reach each other meanwhile.
 
 MACs are made from addresses (`0a:58` and the four bytes of an IPv4 address; for IPv6 the last four of a hash), so an
 address that moves to a new pod keeps its MAC, and no neighbour entry anywhere is ever stale.
@@ -21,16 +32,20 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 
 from ipam_daemon.allocator import Layout
 from ipam_daemon.cni import Call
+from ipam_daemon.errors import TryAgainLater
 from ipam_daemon.model import (
     Address,
     Attachment,
     AttachmentKey,
     AttachmentState,
+    BackendType,
     Block,
     ClusterConfig,
     Interface,
@@ -44,6 +59,9 @@ VXLAN_OVERHEAD = {4: 50, 6: 70}
 """Bytes that VXLAN adds over an underlay of each family: outer IP, UDP 8, VXLAN 8, inner Ethernet 14 (RFC 7348)."""
 ALIAS_LIMIT = 255
 """Longest interface alias that the kernel takes, in bytes (IFALIASZ in if.h, less the NUL)."""
+LEAST_MTU = {4: 576, 6: 1280}
+"""The smallest MTU that a link of each family may have (RFC 791, RFC 8200 section 5), in bytes."""
+NOWHERE: Mapping[Network, str] = MappingProxyType({})
 NEVER_MASQUERADED = (ipaddress.ip_network("224.0.0.0/4"), ipaddress.ip_network("ff00::/8"))
 
 
@@ -100,12 +118,21 @@ class FirewallPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that the kernel of this node should hold, apart from the pods' own wires."""
+    """Everything that the kernel of this node should hold, apart from the pods' own wires, which get `mtu`.
+
+    `direct` says that packets of pods may come and go by the underlay itself.
+    """
 
     bridge: BridgePlan
     vxlan: VxlanPlan
     peers: PeersPlan | None
     firewall: FirewallPlan
+    direct: bool = False
+
+    @property
+    def mtu(self) -> int:
+        """The MTU of bridge and pods, in bytes."""
+        return self.bridge.mtu
 
 
 def plan_node(
@@ -115,16 +142,28 @@ def plan_node(
     peers: Iterable[NodeRecord] | None,
     underlay_mtu: int,
     mtu: int = 0,
+    on_link: Mapping[Network, str] = NOWHERE,
+    exempt: Iterable[Network] = (),
 ) -> NodePlan:
     """The desired state of the node that `record` is about. `underlay_mtu` and `mtu` (0: made from it) are in bytes.
 
     `blocks` are the node's own, at least one; records among `peers` that are this node's, or not complete yet, are
     passed over: they come again when they change. None for `peers` says that they are not known, and nothing that the
-    kernel has of them may be removed.
+    kernel has of them may be removed. `on_link` are the networks that the node is on, each with the interface; what
+    goes to `exempt` is not masqueraded.
+
+    Raises TryAgainLater when the underlay leaves less than IPv6 needs.
     """
     cidrs = [block.cidr for block in blocks]
     others = None if peers is None else _others(record.name, peers)
-    mtu = mtu or pod_mtu(record, underlay_mtu)
+    found = plan_peers(others or (), config.backend.type, on_link, record.addresses[0].version)
+    families = {pool.cidr.version for pool in config.pools} | {cidr.version for cidr in cidrs}
+    tunnel_mtu = mtu or underlay_mtu - VXLAN_OVERHEAD[record.addresses[0].version]
+    direct = config.backend.type is BackendType.DIRECT
+    mtu = mtu or (underlay_mtu if direct else tunnel_mtu)
+    least = LEAST_MTU[max(families)]
+    if mtu < least:
+        raise TryAgainLater(f"the underlay's MTU {underlay_mtu} leaves {mtu} for pods, which need {least}")
     layouts = {cidr: Layout.of(cidr) for cidr in cidrs}
     return NodePlan(
         bridge=BridgePlan(
@@ -140,16 +179,17 @@ def plan_node(
             port=config.backend.port,
             local=record.addresses[0],
             mac=record.vtep_mac,
-            mtu=mtu,
+            mtu=max(least, tunnel_mtu),
             addresses=tuple(ipaddress.ip_interface(address) for address in record.vtep_addresses),
         ),
-        peers=None if others is None else plan_peers(others),
+        peers=None if others is None else found,
         firewall=FirewallPlan(
             local_blocks=frozenset(cidrs),
-            unmasqueraded=frozenset({*(pool.cidr for pool in config.pools), *NEVER_MASQUERADED}),
+            unmasqueraded=_unmasqueraded([*(pool.cidr for pool in config.pools), *NEVER_MASQUERADED, *exempt]),
             vteps=None if others is None else frozenset(address for peer in others for address in peer.addresses),
             vxlan_port=config.backend.port,
         ),
+        direct=config.backend.type is not BackendType.VXLAN,
     )
 
 
@@ -159,20 +199,53 @@ def with_peers(plan: NodePlan, peers: PeersPlan, vteps: frozenset[Address]) -> N
     return msgspec.structs.replace(plan, peers=peers, firewall=firewall)
 
 
-def plan_peers(peers: Iterable[NodeRecord]) -> PeersPlan:
-    """Routes, neighbours and FDB entries towards `peers`. Of two records that claim one thing, the first has it."""
+def plan_peers(
+    peers: Iterable[NodeRecord],
+    backend: BackendType = BackendType.VXLAN,
+    on_link: Mapping[Network, str] = NOWHERE,
+    underlay_family: int = 0,
+) -> PeersPlan:
+    """Routes, neighbours and FDB entries towards `peers`. Of two records that claim one thing, the first has it.
+
+    `underlay_family` is that of the outer packets of VXLAN, 4 or 6; 0 takes each peer's first address.
+    """
     neighbours: dict[Address, str] = {}
     fdb: dict[str, Address] = {}
     routes: dict[Network, RoutePlan] = {}
     for peer in peers:
-        fdb.setdefault(peer.vtep_mac, peer.addresses[0])
-        for vtep in peer.vtep_addresses:
-            neighbours.setdefault(vtep, peer.vtep_mac)
+        end = next((each for each in peer.addresses if underlay_family in (0, each.version)), None)
+        hops = {} if backend is BackendType.VXLAN else _direct_hops(peer, on_link)
+        tunnelled = set()
         for cidr in peer.blocks:
-            gateway = next((vtep for vtep in peer.vtep_addresses if vtep.version == cidr.version), None)
-            if gateway is not None:
-                routes.setdefault(cidr, RoutePlan(gateway=gateway, device=VXLAN))
+            vtep = next((vtep for vtep in peer.vtep_addresses if vtep.version == cidr.version), None)
+            if cidr.version in hops:
+                routes.setdefault(cidr, hops[cidr.version])
+            elif backend is not BackendType.DIRECT and vtep is not None and end is not None:
+                routes.setdefault(cidr, RoutePlan(gateway=vtep, device=VXLAN))
+                tunnelled.add(vtep)
+        for vtep in tunnelled:
+            neighbours.setdefault(vtep, peer.vtep_mac)
+        if tunnelled and end is not None:
+            fdb.setdefault(peer.vtep_mac, end)
     return PeersPlan(neighbours=neighbours, fdb=fdb, routes=routes)
+
+
+def _direct_hops(peer: NodeRecord, on_link: Mapping[Network, str]) -> dict[int, RoutePlan]:
+    """Family → the way to the peer without a router, where there is one."""
+    hops: dict[int, RoutePlan] = {}
+    for address in peer.addresses:
+        device = next((device for network, device in on_link.items() if address in network), None)
+        if device is not None:
+            hops.setdefault(address.version, RoutePlan(gateway=address, device=device, onlink=False))
+    return hops
+
+
+def _unmasqueraded(networks: Iterable[Network]) -> frozenset[Network]:
+    """Without overlaps, which an nft set of intervals refuses."""
+    by_family: dict[int, list[Any]] = {4: [], 6: []}
+    for network in networks:
+        by_family[network.version].append(network)
+    return frozenset(each for family in by_family.values() for each in ipaddress.collapse_addresses(family))
 
 
 def plan_record(
@@ -215,11 +288,6 @@ def plan_attachment(call: Call, addresses: tuple[Interface, ...], mtu: int, now:
 def gateways(blocks: Iterable[Block]) -> dict[Network, Address]:
     """Block → the gateway of the pods in it."""
     return {block.cidr: Layout.of(block.cidr).gateway for block in blocks}
-
-
-def pod_mtu(record: NodeRecord, underlay_mtu: int) -> int:
-    """The MTU of pods and of the VXLAN device, in bytes."""
-    return underlay_mtu - VXLAN_OVERHEAD[record.addresses[0].version]
 
 
 def mac_of(address: Address) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from ipam_daemon.model import Address, Pool, VxlanBackend, from_plain
+from ipam_daemon.model import Address, Backend, Network, Pool, from_plain
+from ipam_daemon.plan import LEAST_MTU
 from podwire.config import ConfigError, load
 from podwire.etcd.options import EtcdOptions
 
@@ -23,7 +24,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     node_addresses: tuple[Address, ...] = ()
     etcd: EtcdOptions
     pools: tuple[Pool, ...]
-    backend: VxlanBackend = VxlanBackend()
+    backend: Backend = Backend()
+    non_masquerade_cidrs: tuple[Network, ...] = msgspec.field(default=(), name="nonMasqueradeCIDRs")
     mtu: int = 0
     run_dir: str = "/run/podwire"
     state_dir: str = "/var/lib/podwire"
@@ -33,6 +35,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     block_idle: float = 60.0
     cooldown: float = 30.0
     reconcile_interval: float = 30.0
+
+    @property
+    def families(self) -> frozenset[int]:
+        """The families that pods have addresses of."""
+        return frozenset(pool.cidr.version for pool in self.pools)
 
     @property
     def socket_path(self) -> Path:
@@ -68,8 +75,9 @@ def _first_wrong(settings: Settings) -> str:
         return f"backend.port is {settings.backend.port}, expected 1 to 65535"
     if not 1 <= settings.backend.vni < 1 << 24:
         return f"backend.vni is {settings.backend.vni}, expected 1 to 16777215"
-    if settings.mtu and not 576 <= settings.mtu <= 65535:
-        return f"mtu is {settings.mtu}, expected 576 to 65535, or 0 to follow the underlay"
+    least = LEAST_MTU[max(pool.cidr.version for pool in settings.pools)]
+    if settings.mtu and not least <= settings.mtu <= 65535:
+        return f"mtu is {settings.mtu}, expected {least} to 65535, or 0 to follow the underlay"
     if settings.log_level not in ("debug", "info", "warning", "error"):
         return f"logLevel is {settings.log_level!r}, expected debug, info, warning or error"
     if settings.max_blocks < 1:
@@ -89,17 +97,15 @@ def _first_wrong(settings: Settings) -> str:
 
 
 def _wrong_pool(pool: Pool, others: tuple[Pool, ...]) -> str:
-    if pool.cidr.version != 4:
-        return f"cidr is {pool.cidr}: IPv6 pools are not supported yet, expected an IPv4 network"
     if not pool.cidr.prefixlen <= pool.block_size <= pool.cidr.max_prefixlen - 3:
         return (
             f"blockSize is {pool.block_size}, expected a prefix length from {pool.cidr.prefixlen} (the pool's) to "
             f"{pool.cidr.max_prefixlen - 3} (four addresses of every block are reserved)"
         )
     for other in others:
-        if other.name == pool.name:
-            return f"name is {pool.name!r}, which another pool has; expected a name of its own"
         if other.cidr.version == pool.cidr.version:
+            if other.name == pool.name:
+                return f"name is {pool.name!r}, which another pool of the family has; expected a name of its own"
             if other.cidr.overlaps(pool.cidr):
                 return f"cidr is {pool.cidr}, which overlaps {other.cidr} of pool {other.name}"
             return f"cidr is {pool.cidr}: a second pool of a family is not supported yet, expected one"

@@ -67,6 +67,13 @@ def available(uses: Sequence[BlockUse]) -> int:
     return sum(use.free + use.cooling for use in uses)
 
 
+def short_of(uses: Sequence[BlockUse], families: frozenset[int]) -> frozenset[int]:
+    """The families of which none could be, and so no pod be added."""
+    return frozenset(
+        family for family in families if not available([use for use in uses if use.block.cidr.version == family])
+    )
+
+
 def reserve_of(use: BlockUse) -> int:
     """How many addresses should be available at least."""
     return max(2, (use.block.cidr.num_addresses - use.reserved) // 8)

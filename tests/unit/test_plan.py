@@ -15,12 +15,12 @@ from ipam_daemon.model import (
     Attachment,
     AttachmentKey,
     AttachmentState,
+    Backend,
     Block,
     ClusterConfig,
     NodeRecord,
     PodRef,
     Pool,
-    VxlanBackend,
 )
 from ipam_daemon.plan import (
     ALIAS_LIMIT,
@@ -34,9 +34,7 @@ from ipam_daemon.plan import (
     plan_record,
 )
 
-CONFIG = ClusterConfig(
-    pools=(Pool(cidr=ipaddress.ip_network("10.244.0.0/16")),), backend=VxlanBackend(vni=7, port=8472)
-)
+CONFIG = ClusterConfig(pools=(Pool(cidr=ipaddress.ip_network("10.244.0.0/16")),), backend=Backend(vni=7, port=8472))
 
 
 def block(cidr: str, node: str = "node-1") -> Block:

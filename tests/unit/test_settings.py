@@ -70,7 +70,7 @@ WRONG = {  # replaced in LEAST, by what, what the error says
     "a pool with host bits": ("10.244.0.0/16", "10.244.0.1/16", r"host bits set.*\$.pools\[0\].cidr"),
     "a pool that is no network": ("10.244.0.0/16", "all", r"\$.pools\[0\].cidr"),
     "a pool that is a number": ("10.244.0.0/16", "10", r"expected text such as .* got 10"),
-    "a pool of IPv6": ("10.244.0.0/16", "'fd00::/48'", "IPv6 pools are not supported yet"),
+    "an IPv6 pool smaller than its blocks": ("10.244.0.0/16", "'fd00::/112'", "blockSize is 64, expected a prefix length from 112"),
     "blocks larger than the pool": ("/16}", "/16, blockSize: 15}", "blockSize is 15, expected a prefix length from 16"),
     "blocks without room": ("/16}", "/16, blockSize: 30}", "blockSize is 30"),
     "two pools of a name": ("/16}", "/16}, {cidr: 10.9.0.0/16}", r"pools\[1\].name is 'default'"),
