@@ -33,8 +33,9 @@ from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Address, Block, ClusterConfig, NodeRecord, Pool
 from ipam_daemon.netlink import NetlinkThread
+from ipam_daemon.peer_table import PeerTable
 from ipam_daemon.peers import Peers
-from ipam_daemon.plan import VXLAN, NodePlan, plan_node, plan_record
+from ipam_daemon.plan import VXLAN, NodePlan, plan_node, plan_peers, plan_record, with_peers
 from ipam_daemon.registry import PoolExhausted, Registry
 from ipam_daemon.settings import Settings
 from ipam_daemon.supply import available
@@ -73,7 +74,8 @@ class Agent:
         self._metrics = metrics
         self._devices = Devices(thread)
         self._firewall = Firewall()
-        self._peers = Peers(thread)
+        self._peers = Peers(thread, pools=(pool.cidr for pool in settings.pools))
+        self._table = PeerTable(settings.node, plan_peers)
         self._config = ClusterConfig(pools=settings.pools, backend=settings.backend)
         self._addresses: tuple[Address, ...] = settings.node_addresses
         self._generation = 1
@@ -368,20 +370,23 @@ class Agent:
             return
         await self._find_addresses()
         mtu = await self._thread.run(self._devices.underlay_mtu, self._addresses[0])
-        records = None if self._records is None else self._records.values()
-        plan = plan_node(self._config, self._record(blocks), blocks, records, mtu, self._settings.mtu)
+        plan = plan_node(self._config, self._record(blocks), blocks, None, mtu, self._settings.mtu)
+        if self._records is not None:
+            self._table.update(self._records)
+            plan = with_peers(plan, self._table.peers, self._table.vteps)
         made = await self._ensure_devices(plan, resync)
         point("converge.bridge")
         done = list(made)
-        if (resync or self.plan is None or self.plan.firewall != plan.firewall) and await self._firewall.ensure(
-            plan.firewall
-        ):
+        known = None if resync or self.plan is None else self.plan.firewall
+        if known != plan.firewall and await self._firewall.ensure(plan.firewall, known):
             done.append("changed nft elements or rules")
         point("converge.firewall")
         if plan.peers is not None:
             if resync or made:
                 await self._thread.run(self._peers.resync)
-            changed = await self._thread.run(self._peers.apply, plan.peers)
+            touched = None if resync or made else self._table.touched
+            changed = await self._thread.run(self._peers.apply, plan.peers, touched)
+            self._table.settle()
             point("converge.peers")
             if changed:
                 done.append(f"changed {changed} neighbours, FDB entries and routes")

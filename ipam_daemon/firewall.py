@@ -6,12 +6,13 @@ nft is fed text, its one documented interface. A call costs 2–8 ms; none is on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Sequence
 
 from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.plan import FirewallPlan
-from ipam_daemon.ruleset import TABLE, FirewallState, parse_listing, render
+from ipam_daemon.ruleset import TABLE, FirewallState, parse_listing, render, render_vteps
 
 _NFT_SECONDS = 10.0
 
@@ -23,8 +24,16 @@ class Firewall:
         """`nft` is the command, with what goes before it to run it in another namespace."""
         self._nft = tuple(nft)
 
-    async def ensure(self, plan: FirewallPlan) -> bool:
-        """Brings the table to `plan`. True when something had to be done. Raises PlumbingFailed with nft's words."""
+    async def ensure(self, plan: FirewallPlan, known: FirewallPlan | None = None) -> bool:
+        """Brings the table to `plan`. True when something had to be done. Raises PlumbingFailed with nft's words.
+
+        `known` is what the table was brought to before: where another node is all that differs, the kernel is not asked
+        what it has, which takes the longer the more nodes there are.
+        """
+        if known is not None and (script := render_vteps(known, plan)):
+            with contextlib.suppress(PlumbingFailed):  # somebody has changed the table: the longer way mends it
+                await _run(*self._nft, "-f", "-", stdin=script)
+                return True
         script = render(plan, await self.read())
         if script:
             await _run(*self._nft, "-f", "-", stdin=script)

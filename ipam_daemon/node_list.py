@@ -45,8 +45,12 @@ class NodeList:
         self._broken = False
 
     def mapping(self) -> Mapping[str, NodeRecord]:
-        """All nodes by name; what is handed out does not change."""
-        return MappingProxyType({**keep_former(self._former, self._known), **self._known})
+        """All nodes by name; what is handed out does not change.
+
+        A node whose record did not change is the same object each time, which is how a change is found among thousands.
+        """
+        former = keep_former(self._former, self._known) if self._former else {}
+        return MappingProxyType({**former, **self._known})
 
     def history_broke(self, _: str = "") -> None:
         """etcd was wiped or restored: what the next snapshot lacks was lost, and is not gone."""
@@ -88,7 +92,8 @@ class NodeList:
             self._known.pop(name, None)
         else:
             self._damaged.discard(name)
-            self._known[name] = record
+            if self._known.get(name) != record:  # a snapshot brings all again
+                self._known[name] = record
 
     def _drop(self, key: str) -> None:
         name = key.removeprefix(self.prefix)

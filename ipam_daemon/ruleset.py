@@ -69,6 +69,21 @@ def render(plan: FirewallPlan, actual: FirewallState) -> str:
     return "\n".join(lines) + "\n" if lines else ""
 
 
+def render_vteps(before: FirewallPlan, after: FirewallPlan) -> str:
+    """The nft script that brings the table from one plan to another. Empty when more than `vteps` differs, or nothing.
+
+    What it costs hangs on how many nodes have come and gone, not on how many there are.
+    """
+    if before.vteps is None or after.vteps is None or msgspec.structs.replace(before, vteps=after.vteps) != after:
+        return ""
+    lines: list[str] = []
+    for version in _FAMILIES:
+        name = set_name("vteps", version)
+        for verb, members in (("delete", before.vteps - after.vteps), ("add", after.vteps - before.vteps)):
+            lines += _render_elements(verb, name, {_text(each) for each in members if each.version == version})
+    return "\n".join(lines) + "\n" if lines else ""
+
+
 def chains_hash(vxlan_port: int) -> str:
     """Identifies the rules, so that another version of them is recognised."""
     return hashlib.sha256("\n".join(_rules(vxlan_port)).encode()).hexdigest()[:16]
