@@ -17,8 +17,8 @@ the same in rules; its tests ask `decide`.
 at all the client is refused (REFUSE), where it has some that the policy does not allow here the packet is dropped
 (DROP). Besides, a packet that comes back to the pod that sent it is masqueraded, whatever the table says (hairpin), and
 a load balancer's address may be closed to all but `source_ranges`. Without a way to tell pods apart
-(Settings.cluster_cidrs empty) everything that is not the node is external, with two differences: nothing to a
-ClusterIP is masqueraded, and a packet that is not from outside for certain follows the Local policy as it stands.
+(`Settings.detects`) everything that is not the node is external, and nothing to a ClusterIP is masqueraded;
+`masquerade_all` masquerades whatever goes to a ClusterIP.
 
 Source: Kubernetes v1.36 documentation, "Virtual IPs and Service Proxies", and kube-proxy's behaviour.
 """
@@ -67,7 +67,7 @@ class Verdict(StrEnum):
     DROP = "drop"
 
 
-class PortKey(msgspec.Struct, frozen=True, order=True):
+class PortKey(msgspec.Struct, frozen=True, order=True, gc=False, cache_hash=True):
     """One port of one Service in one family: `version` is 4 or 6; `port` is the port's name, which may be empty."""
 
     namespace: str
@@ -81,7 +81,7 @@ class PortKey(msgspec.Struct, frozen=True, order=True):
         return f"{name} {self.protocol}{'/v6' if self.version == 6 else ''}"
 
 
-class Backend(msgspec.Struct, frozen=True, order=True):
+class Backend(msgspec.Struct, frozen=True, order=True, gc=False):
     """An endpoint that connections may go to: address and port. `local` says that it is on this node."""
 
     address: Address
@@ -89,11 +89,13 @@ class Backend(msgspec.Struct, frozen=True, order=True):
     local: bool = False
 
 
-class Frontend(msgspec.Struct, frozen=True, order=True, kw_only=True):
+class Frontend(msgspec.Struct, frozen=True, order=True, kw_only=True, gc=False):
     """A place at which clients knock. `address` is None for a NODE_PORT: the node's, as Settings says which.
 
     `local` is whether the traffic policy Local applies here: the internal one for a ClusterIP, the external one for the
-    others. `source_ranges` closes a load balancer's address to all others; empty leaves it open.
+    others. `source_ranges` closes a load balancer's address to all others; empty leaves it open. They are disjoint, and
+    hold the address itself where they hold one of this node's: a node that has the address as its own, too, would
+    otherwise be refused there.
     """
 
     kind: FrontendKind
@@ -103,12 +105,13 @@ class Frontend(msgspec.Struct, frozen=True, order=True, kw_only=True):
     source_ranges: tuple[Network, ...] = ()
 
 
-class PortPlan(msgspec.Struct, frozen=True, kw_only=True):
+class PortPlan(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One port of one Service, decided. All tuples are sorted and without repetition, so equal plans compare equal.
 
-    `cluster` are the backends of the policy Cluster (after hints, and those that terminate when there is nothing
-    better), `local` those of the policy Local. `affinity` is for how many seconds a client stays with its backend; 0
-    for no affinity.
+    There is at least one frontend. `cluster` are the backends of the policy Cluster (after hints, and those that
+    terminate when there is nothing better): empty when no connection can be served anywhere. `local` are those of the
+    policy Local, which a hint does not change, so that they need not be among the others; empty, too, when no frontend
+    is `local`. `affinity` is for how many seconds a client stays with its backend, 1 to 86,400; 0 for no affinity.
     """
 
     key: PortKey
@@ -121,15 +124,24 @@ class PortPlan(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What the proxy was told, or has found out, about its node and cluster.
 
-    `cluster_cidrs` tell pods from everybody else (detect-local mode ClusterCIDR); empty switches that off.
-    `node_port_addresses` are networks: NodePorts answer on the node's addresses in them; empty means on all of the
-    node's addresses but loopback. `masquerade_all` masquerades whatever goes to a ClusterIP.
+    Pods are told from everybody else by `cluster_cidrs`, the networks that they have their addresses from
+    (kube-proxy's detect-local modes ClusterCIDR and NodeCIDR), or by `pod_interfaces`, the interfaces that their
+    packets come in by, a name or a prefix that ends in `*` (BridgeInterface, InterfaceNamePrefix); by any of them where
+    there are several. `service_cidrs` are the networks of ClusterIPs: what goes to an address in them that no Service
+    has is dropped. `node_port_addresses` are networks: NodePorts answer on the node's addresses in them; empty means on
+    all of the node's addresses but loopback. `masquerade_all` masquerades whatever goes to a ClusterIP.
     """
 
     node: str
     cluster_cidrs: tuple[Network, ...] = ()
+    pod_interfaces: tuple[str, ...] = ()
+    service_cidrs: tuple[Network, ...] = ()
     node_port_addresses: tuple[Network, ...] = ()
     masquerade_all: bool = False
+
+    def detects(self, version: int) -> bool:
+        """Whether pods can be told from everybody else in this family."""
+        return bool(self.pod_interfaces) or any(network.version == version for network in self.cluster_cidrs)
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +155,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 def decide(plan: PortPlan, frontend: Frontend, source: Source, settings: Settings) -> Decision:
     """What becomes of a new connection from `source` to `frontend`, the hairpin and the source ranges apart."""
     internal = frontend.kind is FrontendKind.CLUSTER_IP
-    detecting = any(network.version == plan.key.version for network in settings.cluster_cidrs)
+    detecting = settings.detects(plan.key.version)
     if source is Source.POD and not detecting:
         source = Source.EXTERNAL
     follows_local = frontend.local and (internal or source is Source.EXTERNAL)
@@ -162,3 +174,32 @@ def is_allowed(frontend: Frontend, client: Address) -> bool:
     """Whether a load balancer's address is open to `client`."""
     ranges = frontend.source_ranges
     return not ranges or any(client in network for network in ranges)
+
+
+class Health(msgspec.Struct, frozen=True):
+    """What a load balancer may ask a node about one Service: the port to answer on, how many pods are ready here."""
+
+    port: int
+    ready: int
+
+
+class Problem(msgspec.Struct, frozen=True, order=True):
+    """Something in an object that cannot be, and is passed over: the rest of the object, and of the cluster, stands.
+
+    `key` is (namespace, name); `value` is fit for a line of a log, printable and short.
+    """
+
+    kind: str
+    key: tuple[str, str]
+    field: str
+    value: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {'/'.join(printable(part) for part in self.key)}: {self.field} {self.value!r} {self.why}"
+
+
+def printable(text: str) -> str:
+    """`text` without what could break out of a line, and not too long."""
+    shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:80])
+    return shown if len(text) <= 80 else shown + "…"
