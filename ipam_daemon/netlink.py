@@ -21,6 +21,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from ipam_daemon.errors import PlumbingFailed
+from ipam_daemon.nfnetlink import Nftables
 from ipam_daemon.peer_messages import BulkChannel
 from ipam_daemon.rtnl import Channel
 from podwire.netns import inside, netlink_socket
@@ -37,6 +38,7 @@ class NetlinkThread:
         self._host: Any = None
         self._channel: Channel | None = None
         self._bulk: BulkChannel | None = None
+        self._nftables: Nftables | None = None
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs `function` on the thread. A call that was begun is finished even when the caller is cancelled.
@@ -72,9 +74,16 @@ class NetlinkThread:
             self._bulk = BulkChannel(netlink_socket())
         return self._bulk
 
+    @property
+    def nftables(self) -> Nftables:
+        """The node's socket for nft elements. Only for functions that run on the thread."""
+        if self._nftables is None:
+            self._nftables = Nftables()
+        return self._nftables
+
     async def close(self) -> None:
         """Finishes what is queued and closes the sockets."""
-        for each in (self._host, self._channel, self._bulk):
+        for each in (self._host, self._channel, self._bulk, self._nftables):
             if each is not None:
                 await self.run(each.close)
         self._executor.shutdown(wait=True)

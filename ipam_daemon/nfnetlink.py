@@ -1,0 +1,418 @@
+"""Elements of nft sets and maps, packed by hand: what changes with every pod and must not cost a process each time.
+
+An `nft` process takes 2–8 ms for one element, nearly all of it its own start and its listing of what is there. The same
+element as a message takes the kernel 0.02 ms. So tables, chains and rules are text, which is legible and rarely sent
+(ipam_daemon/firewall.py); elements on the path of an ADD or DEL, and their reading back, come through here.
+
+    add(), delete() ──▶ commit() ──▶ one batch: begin · NEWSETELEM/DELSETELEM … · end ──▶ all of it, or nothing
+
+A batch is a transaction. To add what is there already is fine (NLM_F_CREATE without NLM_F_EXCL), and so is to delete
+what is not: the kernel refuses that (it knows NFT_MSG_DESTROYSETELEM from 6.3 on only), and the batch is sent again
+without it. Changes that follow one another and are of one set share a message; after a refusal they are sent one by
+one, so that an error names the element. What a batch holds is limited by the socket's send buffer alone, which is
+raised to 4 MB, some 40,000 elements; more is split.
+
+The kernel handles a batch before send() returns, hence nobody waits for its answer.
+
+Source: linux/netfilter/nf_tables.h, linux/netfilter/nfnetlink.h, netlink(7); net/netfilter/nfnetlink.c for what is
+answered when. Integers of nf_tables are in network order, those of netlink's headers in host order.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum
+from itertools import count
+
+import msgspec
+
+# netlink
+_NETLINK_NETFILTER, _SOL_NETLINK, _CAP_ACK = 12, 270, 10
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_ERROR, _DONE = 2, 3
+_REQUEST, _ACK, _DUMP_INTERRUPTED, _DUMP, _CREATE = 0x1, 0x4, 0x10, 0x300, 0x400
+_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
+_ATTRIBUTE = struct.Struct("=HH")  # nlattr: length, type
+_NESTED, _TYPE_MASK = 0x8000, 0x3FFF
+_ERRNO = struct.Struct("=i")
+_TIMEVAL = struct.Struct("@ll")
+
+# nfnetlink
+_GENERIC = struct.Struct("!BBH")  # nfgenmsg: family, version, resource
+_BATCH_BEGIN, _BATCH_END, _NFTABLES = 0x10, 0x11, 10
+_GETRULE, _NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETOBJ = ((_NFTABLES << 8) + number for number in (7, 12, 13, 14, 19))
+
+# attributes of nf_tables
+_LIST_TABLE, _LIST_SET, _LIST_ELEMENTS, _LIST_ELEM = 1, 2, 3, 1
+_ELEM_KEY, _ELEM_DATA = 1, 2
+_DATA_VALUE, _DATA_VERDICT, _VERDICT_CODE, _VERDICT_CHAIN = 1, 2, 1, 2
+_RULE_TABLE, _RULE_CHAIN, _RULE_USERDATA, _UDATA_COMMENT = 1, 2, 7, 0
+_OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA, _OBJ_COUNTER, _COUNTER_PACKETS = 1, 2, 3, 4, 1, 2
+_U32, _U64, _I32 = struct.Struct("!I"), struct.Struct("!Q"), struct.Struct("!i")
+
+_BUFFER = 1 << 16
+_QUEUE = 1 << 22
+_GROUP = 60_000  # bytes: an attribute's length has 16 bits
+_TIMEOUT = 5  # seconds; a listing is answered at once, so only a bug waits
+_DUMPS = 10  # a listing is asked for again when something changed meanwhile
+_NAME_SIZE = 16  # IFNAMSIZ
+
+
+class Family(IntEnum):
+    """The family of a table, as nft writes it and as the kernel numbers it."""
+
+    INET = 1
+    IP = 2
+    NETDEV = 5
+    BRIDGE = 7
+    IP6 = 10
+
+
+class Table(msgspec.Struct, frozen=True):
+    """A table of a family."""
+
+    family: Family
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.family.name.lower()} {self.name}"
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """The data of a verdict map's element. `chain` is for jump and goto alone."""
+
+    code: int
+    chain: str = ""
+
+
+DROP, ACCEPT = Verdict(0), Verdict(1)
+
+
+def jump(chain: str) -> Verdict:
+    """Evaluates `chain` and comes back."""
+    return Verdict(-3, chain)
+
+
+def goto(chain: str) -> Verdict:
+    """Evaluates `chain` and does not come back."""
+    return Verdict(-4, chain)
+
+
+class Change(msgspec.Struct, frozen=True):
+    """An element that is to be there, or not. `data` is a map's; a deletion needs none."""
+
+    adds: bool
+    table: Table
+    set: str
+    key: bytes
+    data: bytes | Verdict | None = None
+
+    def __str__(self) -> str:
+        verb = "add" if self.adds else "delete"
+        data = f" : {self.data.hex()}" if isinstance(self.data, bytes) else f" : {self.data}" if self.data else ""
+        return f"{verb} element {self.table} {self.set} {{ {self.key.hex()}{data} }}"
+
+
+class ElementRefused(OSError):
+    """The kernel refused a transaction. `errno` and `change` are of the first change that it would not make; ENOENT
+    says that its table, set or chain is not there, EEXIST or EBUSY that the map has other data under this key."""
+
+    def __init__(self, number: int, change: Change | None) -> None:
+        super().__init__(number, os.strerror(number), str(change or "nft transaction"))
+        self.change = change
+
+
+def add(table: Table, name: str, key: bytes, data: bytes | Verdict | None = None) -> Change:
+    """The element is there afterwards. In a map that has other data under this key, delete it first, in the same
+    transaction."""
+    return Change(True, table, name, key, data)
+
+
+def delete(table: Table, name: str, key: bytes) -> Change:
+    """The element is not there afterwards."""
+    return Change(False, table, name, key)
+
+
+def concat(*parts: bytes) -> bytes:
+    """A key (or data) of several fields: each is padded to four bytes, as nft's registers are. One alone is not."""
+    return b"".join(part + b"\0" * (-len(part) % 4) for part in parts)
+
+
+def ifname(name: str) -> bytes:
+    """An interface's name as a field. Raises ValueError when it has more than 15 bytes."""
+    packed = name.encode()
+    if len(packed) >= _NAME_SIZE:
+        raise ValueError(f"interface name {name!r} has {len(packed)} bytes, expected at most {_NAME_SIZE - 1}")
+    return packed.ljust(_NAME_SIZE, b"\0")
+
+
+# --- the socket -----------------------------------------------------------------------------------------------------
+
+
+class Nftables:
+    """A NETLINK_NETFILTER socket, which belongs to the namespace that it was opened in. Not for several threads."""
+
+    def __init__(self) -> None:
+        """Opens the socket in the namespace of this thread."""
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+        self._socket.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
+        for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):  # limits: nothing is allocated until it is used
+            self._socket.setsockopt(socket.SOL_SOCKET, option, _QUEUE)
+        # The kernel's own timeout: Python's would wait with MSG_DONTWAIT, too.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(_TIMEOUT, 0))
+        self._sequence = count(1)
+
+    def commit(self, changes: Iterable[Change], limit: int = _QUEUE) -> None:
+        """Makes all changes or none, in their order. More than `limit` bytes, for which the send buffer has no room,
+        are several transactions.
+
+        Raises ElementRefused; what was not there to be deleted is no error.
+        """
+        batch: list[Change] = []
+        size = 0
+        for change in changes:
+            needed = _size(change)
+            if batch and size + needed > limit:
+                self._commit(batch)
+                batch, size = [], 0
+            batch.append(change)
+            size += needed
+        if batch:
+            self._commit(batch)
+
+    def _commit(self, changes: list[Change]) -> None:
+        groups: list[list[Change]] = list(_grouped(changes))
+        while groups:
+            refused = self._send(groups)
+            if not refused:
+                return
+            if any(len(group) > 1 for group in groups):
+                groups = [[change] for group in groups for change in group]
+                continue
+            for number, place in refused:
+                change = groups[place][0] if place is not None else None
+                if change is None or change.adds or number != errno.ENOENT:
+                    raise ElementRefused(number, change)
+            absent = {place for _, place in refused}
+            groups = [group for place, group in enumerate(groups) if place not in absent]
+
+    def _send(self, groups: Sequence[Sequence[Change]]) -> list[tuple[int, int | None]]:
+        """Sends a batch of one message a group. Returns errno and place of each group that was refused; the place is
+        None when it was the batch itself."""
+        begin = next(self._sequence)
+        places = {next(self._sequence): place for place in range(len(groups))}
+        end = next(self._sequence)
+        batch = _GENERIC.pack(0, 0, _NFTABLES)
+        parts = [_message(_BATCH_BEGIN, _REQUEST, begin, batch)]
+        for number, place in places.items():
+            first = groups[place][0]
+            kind, flags = (_NEWSETELEM, _REQUEST | _CREATE) if first.adds else (_DELSETELEM, _REQUEST)
+            acknowledged = _ACK if place == len(groups) - 1 else 0
+            parts.append(_message(kind, flags | acknowledged, number, _elements(groups[place])))
+        parts.append(_message(_BATCH_END, _REQUEST, end, batch))
+        self._socket.send(b"".join(parts))
+        return self._answers(places, {begin, end})
+
+    def _answers(self, places: Mapping[int, int], frame: set[int]) -> list[tuple[int, int | None]]:
+        refused: list[tuple[int, int | None]] = []
+        answered = False
+        while True:
+            try:
+                datagram = self._socket.recv(_BUFFER, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            for kind, _, sequence, body in _messages(datagram):
+                if kind != _ERROR or not (sequence in places or sequence in frame):
+                    continue
+                answered = True
+                number = -_ERRNO.unpack_from(body)[0]
+                if number:
+                    refused.append((number, places.get(sequence)))
+        if not answered:
+            raise OSError(errno.EPROTO, os.strerror(errno.EPROTO), "nft transaction without an answer")
+        return refused
+
+    # --- reading back
+
+    def elements(self, table: Table, name: str) -> dict[bytes, bytes | Verdict | None] | None:
+        """Key → data of every element of a set or map; None when there is none of this name."""
+        wanted = _attribute(_LIST_TABLE, _text(table.name)) + _attribute(_LIST_SET, _text(name))
+        try:
+            bodies = self._dump(_GETSETELEM, table, wanted)
+        except FileNotFoundError:
+            return None
+        found: dict[bytes, bytes | Verdict | None] = {}
+        for body in bodies:
+            for element in _nested(_nested_one(body, _LIST_ELEMENTS)):
+                attributes = dict(_nested(element[1]))
+                key = dict(_nested(attributes[_ELEM_KEY]))[_DATA_VALUE]
+                found[key] = _read_data(attributes.get(_ELEM_DATA))
+        return found
+
+    def rules(self, table: Table) -> list[tuple[str, str]]:
+        """Chain and comment of every rule of a table, in order; empty when there is no table."""
+        wanted = _attribute(_RULE_TABLE, _text(table.name))
+        found = []
+        for body in self._dump(_GETRULE, table, wanted):
+            attributes = dict(_nested(body))
+            if _string(attributes.get(_RULE_TABLE, b"")) == table.name:
+                found.append((_string(attributes[_RULE_CHAIN]), _comment(attributes.get(_RULE_USERDATA, b""))))
+        return found
+
+    def counters(self, table: Table) -> dict[str, int]:
+        """Packets that each named counter of a table has counted; empty when there is no table."""
+        wanted = _attribute(_OBJ_TABLE, _text(table.name)) + _attribute(_OBJ_TYPE, _U32.pack(_OBJ_COUNTER))
+        found = {}
+        for body in self._dump(_GETOBJ, table, wanted):
+            attributes = dict(_nested(body))
+            if _string(attributes[_OBJ_TABLE]) == table.name:
+                values = dict(_nested(attributes[_OBJ_DATA]))
+                found[_string(attributes[_OBJ_NAME])] = int(_U64.unpack(values[_COUNTER_PACKETS])[0])
+        return found
+
+    def _dump(self, kind: int, table: Table, attributes: bytes) -> list[bytes]:
+        for _ in range(_DUMPS):
+            bodies = self._dump_once(kind, table, attributes)
+            if bodies is not None:
+                return bodies
+        raise OSError(errno.EINTR, os.strerror(errno.EINTR), f"listing {table}")
+
+    def _dump_once(self, kind: int, table: Table, attributes: bytes) -> list[bytes] | None:
+        """The attributes of every answer; None when something changed meanwhile."""
+        number = next(self._sequence)
+        self._socket.send(_message(kind, _REQUEST | _DUMP, number, _GENERIC.pack(table.family, 0, 0) + attributes))
+        bodies: list[bytes] = []
+        interrupted = False
+        while True:
+            for answer, flags, sequence, body in _messages(self._socket.recv(_BUFFER)):
+                if sequence != number:
+                    continue
+                interrupted = interrupted or bool(flags & _DUMP_INTERRUPTED)
+                if answer == _DONE:
+                    return None if interrupted else bodies
+                if answer == _ERROR:
+                    failed = -_ERRNO.unpack_from(body)[0]
+                    raise OSError(failed, os.strerror(failed), f"listing {table}")
+                bodies.append(body[_GENERIC.size :])
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._socket.close()
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+def _grouped(changes: Iterable[Change]) -> Iterator[list[Change]]:
+    """Changes that follow one another and are of one kind and one set, as far as one message holds them."""
+    group: list[Change] = []
+    size = 0
+    for change in changes:
+        needed = _size(change)
+        last = group[-1] if group else None
+        if last and (
+            (change.adds, change.set, change.table) != (last.adds, last.set, last.table) or size + needed > _GROUP
+        ):
+            yield group
+            group, size = [], 0
+        group.append(change)
+        size += needed
+    if group:
+        yield group
+
+
+def _size(change: Change) -> int:
+    """An upper bound of the bytes that a change takes, its own message included."""
+    data = change.data if isinstance(change.data, bytes) else b"" if change.data is None else change.data.chain.encode()
+    return 104 + len(change.set) + len(change.table.name) + len(change.key) + len(data)
+
+
+def _elements(group: Sequence[Change]) -> bytes:
+    first = group[0]
+    packed = b"".join(_attribute(_LIST_ELEM | _NESTED, _element(change)) for change in group)
+    return (
+        _GENERIC.pack(first.table.family, 0, 0)
+        + _attribute(_LIST_TABLE, _text(first.table.name))
+        + _attribute(_LIST_SET, _text(first.set))
+        + _attribute(_LIST_ELEMENTS | _NESTED, packed)
+    )
+
+
+def _element(change: Change) -> bytes:
+    key = _attribute(_ELEM_KEY | _NESTED, _attribute(_DATA_VALUE, change.key))
+    if change.data is None:
+        return key
+    return key + _attribute(_ELEM_DATA | _NESTED, _data(change.data))
+
+
+def _data(data: bytes | Verdict) -> bytes:
+    if isinstance(data, bytes):
+        return _attribute(_DATA_VALUE, data)
+    chain = _attribute(_VERDICT_CHAIN, _text(data.chain)) if data.chain else b""
+    return _attribute(_DATA_VERDICT | _NESTED, _attribute(_VERDICT_CODE, _I32.pack(data.code)) + chain)
+
+
+def _message(kind: int, flags: int, number: int, body: bytes) -> bytes:
+    return _HEADER.pack(_HEADER.size + len(body), kind, flags, number, 0) + body + b"\0" * (-len(body) % 4)
+
+
+def _attribute(kind: int, payload: bytes) -> bytes:
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(payload), kind) + payload + b"\0" * (-len(payload) % 4)
+
+
+def _text(name: str) -> bytes:
+    return name.encode() + b"\0"
+
+
+# --- unpacking ------------------------------------------------------------------------------------------------------
+
+
+def _messages(datagram: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Type, flags, sequence and body of every message."""
+    at = 0
+    while at + _HEADER.size <= len(datagram):
+        length, kind, flags, sequence, _ = _HEADER.unpack_from(datagram, at)
+        yield kind, flags, sequence, datagram[at + _HEADER.size : at + length]
+        at += (max(length, _HEADER.size) + 3) & ~3
+
+
+def _nested(payload: bytes) -> Iterator[tuple[int, bytes]]:
+    """Type and payload of every attribute."""
+    at = 0
+    while at + _ATTRIBUTE.size <= len(payload):
+        length, kind = _ATTRIBUTE.unpack_from(payload, at)
+        yield kind & _TYPE_MASK, payload[at + _ATTRIBUTE.size : at + length]
+        at += (max(length, _ATTRIBUTE.size) + 3) & ~3
+
+
+def _nested_one(payload: bytes, wanted: int) -> bytes:
+    return next((found for kind, found in _nested(payload) if kind == wanted), b"")
+
+
+def _read_data(payload: bytes | None) -> bytes | Verdict | None:
+    if payload is None:
+        return None
+    attributes = dict(_nested(payload))
+    if _DATA_VALUE in attributes:
+        return attributes[_DATA_VALUE]
+    verdict = dict(_nested(attributes[_DATA_VERDICT]))
+    return Verdict(_I32.unpack(verdict[_VERDICT_CODE])[0], _string(verdict.get(_VERDICT_CHAIN, b"")))
+
+
+def _comment(userdata: bytes) -> str:
+    """The comment among what nft notes on a rule: type, length, value, one byte each for the first two."""
+    at = 0
+    while at + 2 <= len(userdata):
+        kind, length = userdata[at], userdata[at + 1]
+        if kind == _UDATA_COMMENT:
+            return _string(userdata[at + 2 : at + 2 + length])
+        at += 2 + length
+    return ""
+
+
+def _string(payload: bytes) -> str:
+    return payload.rstrip(b"\0").decode()
