@@ -109,6 +109,12 @@ class AddressUnavailable(CniError):
     code = 104
 
 
+class PortTaken(CniError):
+    """A port of the node that was asked for leads to another pod already, or the node itself listens on it."""
+
+    code = 105
+
+
 def code_of(error: BaseException) -> int:
     """The CNI code for any exception: its own, 11 for what may go away by itself, 999 for what was not foreseen."""
     if isinstance(error, CniError):

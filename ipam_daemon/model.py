@@ -161,6 +161,30 @@ class PodRef(msgspec.Struct, frozen=True, kw_only=True):
     uid: str = ""
 
 
+class PortMapping(msgspec.Struct, frozen=True, kw_only=True):
+    """A port of the node that leads to a port of the pod. `protocol` is "tcp", "udp" or "sctp".
+
+    `host_ip` is the one address of the node that it is of; 0.0.0.0 and :: are all of a family, None is all.
+    """
+
+    protocol: str
+    host_port: int
+    container_port: int
+    host_ip: Address | None = None
+
+
+class Bandwidth(msgspec.Struct, frozen=True, kw_only=True):
+    """How fast a pod may receive (ingress) and send (egress): rates in bits a second, bursts in bits; 0 is no limit."""
+
+    ingress_rate: int = 0
+    ingress_burst: int = 0
+    egress_rate: int = 0
+    egress_burst: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.ingress_rate or self.egress_rate)
+
+
 class Attachment(msgspec.Struct, frozen=True, kw_only=True):
     """One interface of one container. `addresses` carry their block's prefix length, one per family."""
 
@@ -171,6 +195,8 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True):
     mtu: int
     addresses: tuple[Interface, ...]
     pod: PodRef = PodRef()
+    port_mappings: tuple[PortMapping, ...] = ()
+    bandwidth: Bandwidth = Bandwidth()
     state: AttachmentState = AttachmentState.ADDING
     created: float
     created_ns: int
