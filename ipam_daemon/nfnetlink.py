@@ -4,7 +4,7 @@ An `nft` process takes 2–8 ms for one element, nearly all of it its own start 
 element as a message takes the kernel 0.02 ms. So tables, chains and rules are text, which is legible and rarely sent
 (ipam_daemon/firewall.py); elements on the path of an ADD or DEL, and their reading back, come through here.
 
-    add(), delete() ──▶ commit() ──▶ one batch: begin · NEWSETELEM/DELSETELEM … · end ──▶ all of it, or nothing
+    nfelements.add(), delete() ──▶ commit() ──▶ begin · NEWSETELEM, DELSETELEM … · end ──▶ all of it, or nothing
 
 A batch is a transaction. To add what is there already is fine (NLM_F_CREATE without NLM_F_EXCL), and so is to delete
 what is not: the kernel refuses that (it knows NFT_MSG_DESTROYSETELEM from 6.3 on only), and the batch is sent again
@@ -25,10 +25,9 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from enum import IntEnum
 from itertools import count
 
-import msgspec
+from ipam_daemon.nfelements import Change, Table, Verdict
 
 # netlink
 _NETLINK_NETFILTER, _SOL_NETLINK, _CAP_ACK = 12, 270, 10
@@ -59,62 +58,6 @@ _QUEUE = 1 << 22
 _GROUP = 60_000  # bytes: an attribute's length has 16 bits
 _TIMEOUT = 5  # seconds; a listing is answered at once, so only a bug waits
 _DUMPS = 10  # a listing is asked for again when something changed meanwhile
-_NAME_SIZE = 16  # IFNAMSIZ
-
-
-class Family(IntEnum):
-    """The family of a table, as nft writes it and as the kernel numbers it."""
-
-    INET = 1
-    IP = 2
-    NETDEV = 5
-    BRIDGE = 7
-    IP6 = 10
-
-
-class Table(msgspec.Struct, frozen=True):
-    """A table of a family."""
-
-    family: Family
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.family.name.lower()} {self.name}"
-
-
-class Verdict(msgspec.Struct, frozen=True):
-    """The data of a verdict map's element. `chain` is for jump and goto alone."""
-
-    code: int
-    chain: str = ""
-
-
-DROP, ACCEPT = Verdict(0), Verdict(1)
-
-
-def jump(chain: str) -> Verdict:
-    """Evaluates `chain` and comes back."""
-    return Verdict(-3, chain)
-
-
-def goto(chain: str) -> Verdict:
-    """Evaluates `chain` and does not come back."""
-    return Verdict(-4, chain)
-
-
-class Change(msgspec.Struct, frozen=True):
-    """An element that is to be there, or not. `data` is a map's; a deletion needs none."""
-
-    adds: bool
-    table: Table
-    set: str
-    key: bytes
-    data: bytes | Verdict | None = None
-
-    def __str__(self) -> str:
-        verb = "add" if self.adds else "delete"
-        data = f" : {self.data.hex()}" if isinstance(self.data, bytes) else f" : {self.data}" if self.data else ""
-        return f"{verb} element {self.table} {self.set} {{ {self.key.hex()}{data} }}"
 
 
 class ElementRefused(OSError):
@@ -124,30 +67,6 @@ class ElementRefused(OSError):
     def __init__(self, number: int, change: Change | None) -> None:
         super().__init__(number, os.strerror(number), str(change or "nft transaction"))
         self.change = change
-
-
-def add(table: Table, name: str, key: bytes, data: bytes | Verdict | None = None) -> Change:
-    """The element is there afterwards. In a map that has other data under this key, delete it first, in the same
-    transaction."""
-    return Change(True, table, name, key, data)
-
-
-def delete(table: Table, name: str, key: bytes) -> Change:
-    """The element is not there afterwards."""
-    return Change(False, table, name, key)
-
-
-def concat(*parts: bytes) -> bytes:
-    """A key (or data) of several fields: each is padded to four bytes, as nft's registers are. One alone is not."""
-    return b"".join(part + b"\0" * (-len(part) % 4) for part in parts)
-
-
-def ifname(name: str) -> bytes:
-    """An interface's name as a field. Raises ValueError when it has more than 15 bytes."""
-    packed = name.encode()
-    if len(packed) >= _NAME_SIZE:
-        raise ValueError(f"interface name {name!r} has {len(packed)} bytes, expected at most {_NAME_SIZE - 1}")
-    return packed.ljust(_NAME_SIZE, b"\0")
 
 
 # --- the socket -----------------------------------------------------------------------------------------------------
