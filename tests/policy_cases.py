@@ -122,6 +122,18 @@ def no(source: str, destination: str, port: int = 80, protocol: str = "TCP") -> 
     return source, destination, port, protocol, False
 
 
+def _with_address_of(former: str, where: str, **labels: str) -> Manifest:
+    """A pod that was created later, and has the addresses of another."""
+    name = where.partition("/")[2]
+    made = pod(former, **labels)
+    return made | {"metadata": made["metadata"] | {"name": name, "uid": f"uid-{name}", "creationTimestamp": "2026-02"}}
+
+
+def _made_again(where: str, **labels: str) -> Manifest:
+    made = pod(where, **labels)
+    return made | {"metadata": made["metadata"] | {"uid": "another", "creationTimestamp": "2026-02"}}
+
+
 def _expr(key: str, operator: str, *values: str) -> Manifest:
     return {"matchExpressions": [{"key": key, "operator": operator, **({"values": list(values)} if values else {})}]}
 
@@ -354,6 +366,28 @@ CASES: dict[str, tuple[Step, ...]] = {
             put=(pod("y/b") | {"status": {"phase": "Succeeded", "podIPs": [{"ip": address("y", "b")}]}},),
             says=(no("y/b", "x/a"), yes("y/a", "x/a")),
         ),
+    ),
+    "an address passes to another pod, and the DELETE of the former comes late": (
+        Step(put=(policy("x/p", ingress=[{"from": [pods(pod="b")]}]),), says=(yes("x/b", "x/a"), no("x/c", "x/a"))),
+        Step(put=(_with_address_of("x/b", "x/new", pod="new"),), says=(no("x/b", "x/a"),)),
+        Step(remove=(("Pod", "x", "b"),), says=(no("x/b", "x/a"),)),
+        Step(put=(pod("x/b"),), says=(no("x/b", "x/a"),)),
+        Step(remove=(("Pod", "x", "new"),), says=(yes("x/b", "x/a"),)),
+    ),
+    "an address passes between two pods that one set selects": (
+        Step(put=(policy("x/p", select={"pod": "a"}, ingress=[{"from": [pods()]}]),), says=(yes("x/b", "x/a"),)),
+        Step(put=(_with_address_of("x/b", "x/new", pod="new"),), says=(yes("x/b", "x/a"),)),
+        Step(remove=(("Pod", "x", "b"),), says=(yes("x/b", "x/a"),)),
+        Step(remove=(("Pod", "x", "new"),), says=(no("x/b", "x/a"),)),
+    ),
+    "an address passes to another pod that other policies are about": (
+        Step(put=(policy("x/p", select={"pod": "b"}),), says=(no("x/a", "x/b"),)),
+        Step(put=(_with_address_of("x/b", "x/new", pod="new"),), says=(yes("x/a", "x/b"),)),
+        Step(remove=(("Pod", "x", "new"),), says=(no("x/a", "x/b"),)),
+    ),
+    "a pod is made again under its name": (
+        Step(put=(policy("x/p", select={"pod": "b"}),), says=(no("x/a", "x/b"),)),
+        Step(put=(_made_again("x/b", pod="other"),), says=(yes("x/a", "x/b"),)),
     ),
     "a namespace comes after its pods": (
         Step(
