@@ -32,17 +32,17 @@ class Firewall:
         """
         if known is not None and (script := render_vteps(known, plan)):
             with contextlib.suppress(PlumbingFailed):  # somebody has changed the table: the longer way mends it
-                await _run(*self._nft, "-f", "-", stdin=script)
+                await run_nft(*self._nft, "-f", "-", stdin=script)
                 return True
         script = render(plan, await self.read())
         if script:
-            await _run(*self._nft, "-f", "-", stdin=script)
+            await run_nft(*self._nft, "-f", "-", stdin=script)
         return bool(script)
 
     async def read(self) -> FirewallState:
         """What the kernel has now."""
         try:
-            listing = json.loads(await _run(*self._nft, "-j", "list", "table", *TABLE.split()))
+            listing = json.loads(await run_nft(*self._nft, "-j", "list", "table", *TABLE.split()))
         except PlumbingFailed as error:
             if "No such file" in str(error):
                 return FirewallState(chains="", elements={})
@@ -50,7 +50,8 @@ class Firewall:
         return parse_listing(listing)
 
 
-async def _run(*command: str, stdin: str = "") -> str:
+async def run_nft(*command: str, stdin: str = "") -> str:
+    """Runs nft, as `command`, and returns what it prints. Raises PlumbingFailed with its words."""
     pipe = asyncio.subprocess.PIPE
     try:
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
