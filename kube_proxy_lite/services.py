@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator, Mapping
+from sys import intern
 
 import msgspec
 
@@ -53,9 +54,10 @@ Key = tuple[str, str]
 class _Entry:
     """One Service: what it asks for, its slices, and what was planned last."""
 
-    __slots__ = ("health", "offer", "plans", "slices")
+    __slots__ = ("health", "key", "offer", "plans", "slices")
 
-    def __init__(self) -> None:
+    def __init__(self, key: Key) -> None:
+        self.key = key
         self.offer: Offer | None = None
         self.slices: tuple[Slice, ...] = ()
         self.plans: tuple[PortPlan, ...] = ()
@@ -214,10 +216,9 @@ class Services:
         old = entry.offer if entry else None
         if old == offer:
             return
-        if entry is None:
-            entry = self._entries[key] = _Entry()
+        entry = self._entry(key)
         entry.offer = offer
-        self._dirty.add(key)
+        self._dirty.add(entry.key)
         self._dirty |= self._claims.replace(old, offer)
         for address in offer.cluster_ips if offer else ():
             self._count_cluster_ip(address, 1)
@@ -234,19 +235,25 @@ class Services:
             self._changed_ips[address] = before + by > 0
 
     def _put_slice(self, service: Key, key: Key, part: Slice | None) -> None:
-        entry = self._entries.get(service)
-        if entry is None:
-            entry = self._entries[service] = _Entry()
-        name = key[1]
+        entry = self._entry(service)
+        namespace, name = key
         if part is None:
             self._owners.pop(key, None)
             entry.slices = tuple(each for each in entry.slices if each.name != name)
         else:
             if part in entry.slices:
                 return
-            self._owners[key] = service
+            self._owners[intern(namespace), name] = entry.key
             entry.slices = (*(each for each in entry.slices if each.name != name), part)
-        self._dirty.add(service)
+        self._dirty.add(entry.key)
+
+    def _entry(self, key: Key) -> _Entry:
+        """The Service's entry, made when there is none; its key is the one to keep, for memory's sake."""
+        entry = self._entries.get(key)
+        if entry is None:
+            key = intern(key[0]), key[1]
+            entry = self._entries[key] = _Entry(key)
+        return entry
 
     def _settle(self) -> None:
         dirty, self._dirty = self._dirty, set()
