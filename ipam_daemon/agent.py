@@ -19,6 +19,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 
 import msgspec
 
@@ -31,18 +32,20 @@ from ipam_daemon.faults import point
 from ipam_daemon.firewall import Firewall
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
-from ipam_daemon.model import Address, Block, ClusterConfig, NodeRecord, Pool
+from ipam_daemon.model import Address, Backend, Block, ClusterConfig, NodeRecord, Pool, decode, encode
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.peer_table import PeerTable
 from ipam_daemon.peers import Peers
-from ipam_daemon.plan import VXLAN, NodePlan, plan_node, plan_peers, plan_record, with_peers
+from ipam_daemon.plan import VXLAN, NodePlan, is_complete, plan_node, plan_peers, plan_record, with_peers
 from ipam_daemon.registry import PoolExhausted, Registry
 from ipam_daemon.settings import Settings
-from ipam_daemon.supply import available
+from ipam_daemon.supply import short_of
+from ipam_daemon.underlay import Underlay, UnderlayWatch, default_addresses, find_underlay
 from ipam_daemon.wires import Wires
 from podwire.errors import TryAgain
 
 _CONVERGED = "converged"  # in the journal: the kernel has the routes to the peers, perhaps from an earlier daemon
+_BACKEND = "backend"  # in the journal: what the cluster's was when etcd was last heard
 _SEEN = "etcd"  # in the journal: how far etcd has come, so that a restored one is known
 _FIRST_RETRY, _LAST_RETRY = 0.2, 5.0
 
@@ -75,8 +78,13 @@ class Agent:
         self._devices = Devices(thread)
         self._firewall = Firewall()
         self._peers = Peers(thread, pools=(pool.cidr for pool in settings.pools))
-        self._table = PeerTable(settings.node, plan_peers)
+        self._table: PeerTable | None = None
+        self._table_of: object = None  # the circumstances that the table was made in
+        self._applied: PeerTable | None = None  # the one that the kernel was last brought to
         self._config = ClusterConfig(pools=settings.pools, backend=settings.backend)
+        self._underlay: Underlay | None = None
+        self._watch = UnderlayWatch(thread, self._underlay_changed)
+        self._foreign_pools = ""
         self._addresses: tuple[Address, ...] = settings.node_addresses
         self._generation = 1
         self._records: Mapping[str, NodeRecord] | None = None
@@ -95,6 +103,7 @@ class Agent:
         )
         """Claims and returns blocks."""
         attachments.more = self.keeper.more
+        attachments.allocator.families = settings.families
         self.plan: NodePlan | None = None
         """What the kernel was last brought to, None before the first time."""
 
@@ -109,12 +118,32 @@ class Agent:
         if not self._attachments.mtu:
             return [f"the node's data path is not set up yet: {self._attachments.waiting_for}"]
         uses = self._attachments.uses()
-        if not available(uses):
-            blocks = ", ".join(str(use.block.cidr) for use in uses)
-            return [
-                f"no address is free in {blocks}, and no block can be claimed: {self.keeper.obstacle or 'maxBlocks'}"
-            ]
-        return []
+        return [self._shortage(family) for family in sorted(short_of(uses, self._settings.families))]
+
+    def _shortage(self, family: int) -> str:
+        cidrs = [each.cidr for each in self._attachments.allocator.blocks if each.cidr.version == family]
+        where, why = ", ".join(map(str, cidrs)) or "no block", self.keeper.obstacle or "maxBlocks"
+        return f"no IPv{family} address is free in {where}, and no block can be claimed: {why}"
+
+    def notes(self) -> list[str]:
+        """What an operator may want to know, and keeps no pod from being added."""
+        notes = [self._foreign_pools] if self._foreign_pools else []
+        if self._config.backend != self._settings.backend:
+            ours, theirs = (_describe(each) for each in (self._settings.backend, self._config.backend))
+            notes.append(f"backend is {ours} in this node's configuration; the cluster's holds, which is {theirs}")
+        if self.plan is not None and self.plan.peers is not None:
+            routes = self.plan.peers.routes
+            lost = [each.name for each in self.peers if is_complete(each) and any(b not in routes for b in each.blocks)]
+            if lost:
+                shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+                kind = self._config.backend.type
+                notes.append(f"backend {kind} does not reach all pods of {shown}: not on a network of this node's")
+        return notes
+
+    @property
+    def backend(self) -> Backend:
+        """How pods of other nodes are reached."""
+        return self._config.backend
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -135,7 +164,10 @@ class Agent:
     @property
     def peer_count(self) -> int:
         """Nodes whose pods are reached, this one not counted."""
-        return len(self.plan.peers.fdb) if self.plan and self.plan.peers else 0
+        if self.plan is None or self.plan.peers is None:
+            return 0
+        routes = self.plan.peers.routes
+        return sum(is_complete(each) and all(cidr in routes for cidr in each.blocks) for each in self.peers)
 
     # --- start
 
@@ -143,6 +175,7 @@ class Agent:
         """Takes up what the journal says, before any call is answered. Needs no etcd."""
         await self._adopt_wires()
         self._registry.recall(self._journal.meta(_SEEN) or "")
+        self._recall_backend()
         self._blocks = tuple(await self._first_one_first(list(self._journal.blocks())))
         self._attachments.use_blocks(self._blocks)
         undone = await self._attachments.resume()
@@ -150,6 +183,13 @@ class Agent:
             self._metrics.repaired("unfinished-add", f"undid {undone} ADDs of the daemon before", undone)
             log.warning("undid %d ADDs that were not finished", undone)
         point("start.restored")
+
+    def _recall_backend(self) -> None:
+        """What holds in the cluster, while etcd is away; the configuration's in a journal that was begun anew."""
+        known = self._journal.meta(_BACKEND)
+        if known is not None:
+            with suppress(msgspec.DecodeError):
+                self._config = msgspec.structs.replace(self._config, backend=decode(known.encode(), Backend))
 
     async def _adopt_wires(self) -> None:
         """What the kernel has and the journal has lost, with its file or a part of it, comes from the wires' aliases.
@@ -192,6 +232,29 @@ class Agent:
         """Whether somebody else wrote this node's record; another machine's is for `hold_name` to judge."""
         ours = self.record
         return mine.node_id == ours.node_id and msgspec.structs.replace(mine, published=ours.published) != ours
+
+    async def follow_config(self) -> None:
+        """Follows the cluster's backend, until cancelled. Pools do not change while a daemon runs."""
+        await self._entered.wait()
+        async with aclosing(self._registry.watch_config()) as changes:
+            async for config in changes:
+                self._use_config(config)
+
+    def _use_config(self, config: ClusterConfig) -> None:
+        if config.pools != self._config.pools:
+            self._foreign_pools = "the pools in etcd are others than this node's, which go on to hold until a restart"
+            log.error(self._foreign_pools)
+            return
+        self._foreign_pools = ""
+        before, self._config = self._config.backend, config
+        known = encode(config.backend).decode()
+        if self._journal.meta(_BACKEND) != known:
+            self._journal.set_meta(_BACKEND, known)
+        if config.backend != before:
+            log.info(
+                "the backend changes", extra={"fields": {"from": _describe(before), "to": _describe(config.backend)}}
+            )
+            self._changed.set()
 
     async def hold_blocks(self) -> None:
         """Claims the node's blocks again whenever etcd was wiped or restored, until cancelled."""
@@ -250,7 +313,7 @@ class Agent:
     async def _join(self) -> None:
         settings = self._settings
         await self._find_addresses()
-        self._config = await self._registry.agree(self._config)
+        self._use_config(await self._registry.agree(self._config))
         if not self._entered.is_set():
             self._generation = (await self._registry.enter(settings.node, self._node_id)).generation
             self._entered.set()
@@ -258,7 +321,7 @@ class Agent:
         blocks = await self._own_blocks()
         await self._use_owned(blocks)  # before any claim, which may wait: what is another's is given up at once
         for pool in self._config.pools:
-            if not any(block.pool == pool.name for block in blocks):
+            if not any(pool.has(block) for block in blocks):
                 blocks.append(await self._claim_block(pool))
                 await self._use_owned(blocks)
         await self._publish(blocks)
@@ -319,11 +382,16 @@ class Agent:
         vteps = await self._thread.run(self._devices.vtep_addresses, VXLAN)
         return sorted(blocks, key=lambda block: not any(vtep in block.cidr for vtep in vteps))
 
-    async def _find_addresses(self) -> None:
-        if not self._addresses:
-            self._addresses = await self._thread.run(self._devices.default_addresses)
+    async def _find_addresses(self) -> bool:
+        """Looks for the node's own addresses until there is one of each family that pods have. Whether more came."""
+        known = {address.version for address in self._addresses}
+        if not self._addresses or (not self._settings.node_addresses and not self._settings.families <= known):
+            found = await self._thread.run(default_addresses, self._thread)
+            more = tuple(address for address in found if address.version not in known)
+            self._addresses = tuple(sorted((*self._addresses, *more), key=lambda address: address.version))
         if not self._addresses:
             raise TryAgainLater("nodeAddresses is empty and this node has no default route to find its address by")
+        return {address.version for address in self._addresses} != known
 
     def _record(self, blocks: tuple[Block, ...]) -> NodeRecord:
         return plan_record(
@@ -368,13 +436,29 @@ class Agent:
         blocks = self._blocks
         if not blocks:
             return
-        await self._find_addresses()
-        mtu = await self._thread.run(self._devices.underlay_mtu, self._addresses[0])
-        plan = plan_node(self._config, self._record(blocks), blocks, None, mtu, self._settings.mtu)
+        if (self._underlay is None or resync) and await self._find_addresses() and self._entered.is_set():
+            with suppress(TryAgain):  # with the next record that etcd tells of it is seen that ours is another
+                await self._publish(blocks)
+        underlay = await self._look_at_underlay(resync)
+        plan = plan_node(
+            self._config,
+            self._record(blocks),
+            blocks,
+            None,
+            underlay.mtu,
+            self._settings.mtu,
+            underlay.on_link,
+            self._settings.non_masquerade_cidrs,
+        )
+        table = self._table_for(underlay)
         if self._records is not None:
-            self._table.update(self._records)
-            plan = with_peers(plan, self._table.peers, self._table.vteps)
-        made = await self._ensure_devices(plan, resync)
+            table.update(self._records)
+            plan = with_peers(plan, table.peers, table.vteps)
+        resized = resync or self.plan is None or self.plan.mtu != plan.mtu
+        if resized:
+            with suppress(CniError):  # one wire must not keep the node from its plan; it is tried again at the end
+                await self._attachments.resize(plan.mtu, only_shrink=True)
+        made = await self._ensure_devices(plan, underlay, resync)
         point("converge.bridge")
         done = list(made)
         known = None if resync or self.plan is None else self.plan.firewall
@@ -384,9 +468,10 @@ class Agent:
         if plan.peers is not None:
             if resync or made:
                 await self._thread.run(self._peers.resync)
-            touched = None if resync or made else self._table.touched
+            touched = None if resync or made or table is not self._applied else table.touched
             changed = await self._thread.run(self._peers.apply, plan.peers, touched)
-            self._table.settle()
+            table.settle()
+            self._applied = table
             point("converge.peers")
             if changed:
                 done.append(f"changed {changed} neighbours, FDB entries and routes")
@@ -398,10 +483,46 @@ class Agent:
         if plan.peers is not None:
             self._journal.set_meta(_CONVERGED, "yes")
         if self._journal.meta(_CONVERGED):
-            self._attachments.mtu = plan.bridge.mtu
+            self._attachments.mtu = plan.mtu
+        if resized:
+            await self._attachments.resize(plan.mtu)
 
-    async def _ensure_devices(self, plan: NodePlan, resync: bool) -> list[str]:
-        if not resync and self.plan is not None and (self.plan.bridge, self.plan.vxlan) == (plan.bridge, plan.vxlan):
+    async def _ensure_devices(self, plan: NodePlan, underlay: Underlay, resync: bool) -> list[str]:
+        known = self.plan
+        wanted = (plan.bridge, plan.vxlan, plan.direct)
+        if not resync and known is not None and (known.bridge, known.vxlan, known.direct) == wanted:
             return []
-        done = await self._thread.run(self._devices.ensure_bridge, plan.bridge)
-        return done + await self._thread.run(self._devices.ensure_vxlan, plan.vxlan)
+        devices, names = self._devices, tuple(underlay.devices.values())
+        done = await self._thread.run(devices.prepare_underlay, names, self._settings.families, plan.direct)
+        done += await self._thread.run(devices.ensure_bridge, plan.bridge)
+        return done + await self._thread.run(devices.ensure_vxlan, plan.vxlan)
+
+    # --- the underlay
+
+    async def _look_at_underlay(self, resync: bool) -> Underlay:
+        if self._underlay is None or resync:
+            found = await self._thread.run(find_underlay, self._thread, self._addresses)
+            if await self._watch.follow(found.devices):  # what changed between the two was not told
+                found = await self._thread.run(find_underlay, self._thread, self._addresses)
+            self._underlay = found
+        return self._underlay
+
+    def _underlay_changed(self) -> None:
+        self._underlay = None
+        self._changed.set()
+
+    def _table_for(self, underlay: Underlay) -> PeerTable:
+        circumstances = (self._config.backend.type, underlay.on_link, self._addresses[0].version)
+        if self._table is None or self._table_of != circumstances:
+            backend, on_link, family = circumstances
+            plan = partial(plan_peers, backend=backend, on_link=on_link, underlay_family=family)
+            self._table, self._table_of = PeerTable(self._settings.node, plan), circumstances
+        return self._table
+
+    def close(self) -> None:
+        """Listens for nothing any more."""
+        self._watch.close()
+
+
+def _describe(backend: Backend) -> str:
+    return f"{backend.type} (VNI {backend.vni}, UDP port {backend.port})"

@@ -238,8 +238,8 @@ class Allocator:
         self._blocks = {cidr: each for cidr, each in self._blocks.items() if cidr in cidrs}
 
     def allocate(self, now: float, wanted: Iterable[Address] = ()) -> tuple[Interface, ...]:
-        """One address of each family of the pools, with the block's prefix length; those of `wanted` for their families,
-        any for the others.
+        """One address of each family of the pools, with the block's prefix length; those of `wanted` for their
+        families, any for the others.
 
         Raises AddressUnavailable for a wanted one that cannot be had, Exhausted when a family has none; whatever was
         taken of another family is given back.

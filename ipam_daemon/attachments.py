@@ -249,6 +249,31 @@ class Attachments:
                 return None
             return await self._thread.run(self._wires.mend, attachment)
 
+    async def resize(self, mtu: int, *, only_shrink: bool = False) -> None:
+        """Gives every wire this MTU, in bytes. Raises the first CniError when all were tried.
+
+        Packets that are too large for what they come to are dropped: so wires shrink before the bridge and the routes
+        do, and grow after them (`only_shrink` first). An ADD in flight is waited for.
+        """
+        if self.mtu > mtu:
+            self.mtu = mtu
+        failures: list[CniError] = []
+        for each in self._journal.attachments():
+            if each.mtu > mtu or (each.mtu < mtu and not only_shrink):
+                try:
+                    await self._resize_one(each.key, mtu)
+                except CniError as error:
+                    failures.append(error)
+        if failures:
+            raise failures[0]
+
+    async def _resize_one(self, key: AttachmentKey, mtu: int) -> None:
+        async with self._turns.of(key):
+            row = self._journal.get(key)
+            if row is not None and row.state is AttachmentState.ATTACHED and row.mtu != mtu and row.netns:
+                await self._thread.run(self._wires.resize, row, mtu)
+                self._journal.replace(msgspec.structs.replace(row, mtu=mtu))
+
     # --- blocks that went to another node
 
     def stranded(self) -> tuple[Attachment, ...]:

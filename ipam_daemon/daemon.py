@@ -93,6 +93,7 @@ class Daemon:
 
     async def close(self) -> None:
         """Closes what is open. Pods do not notice."""
+        self._agent.close()
         await self._session.close()
         await self._thread.close()
         self._journal.close()
@@ -103,6 +104,7 @@ class Daemon:
                 tasks.create_task(each)
                 for each in (
                     self._agent.follow_registry(),
+                    self._agent.follow_config(),
                     self._agent.hold_name(),
                     self._agent.hold_blocks(),
                     self._agent.converge_forever(),

@@ -4,6 +4,11 @@ Both are brought to their plan level by level: what is right already is not touc
 drops nothing. A device of our name with another shape (VNI, port, underlay address) is made anew, because the kernel
 cannot change those in place; a device of our name and another kind is somebody else's, and is refused.
 
+A gateway of IPv6 is there at once, like a pod's address: there is no duplicate address detection on the bridge, whose
+addresses nobody else has, or the first packets to a pod would wait seconds for a source of neighbour solicitations.
+Nothing that a pod says makes the node's routes (accept_ra). A node that begins to forward would stop to listen to the
+routers of its own underlay, and lose the default route that it has from them: where it listened, it goes on to.
+
 Traffic between pods of one node must cross the node's firewall: the bridge's own `nf_call_iptables` and
 `nf_call_ip6tables` say so for this bridge alone, whatever the global sysctls are.
 
@@ -13,14 +18,15 @@ Every function here runs on the netlink thread.
 from __future__ import annotations
 
 import ipaddress
-import socket
+import os
 from collections.abc import Iterable
 from typing import Any
 
-from ipam_daemon.errors import PlumbingFailed, TryAgainLater
+from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.model import Address, Interface
-from ipam_daemon.netlink import NetlinkThread, index_of, naming, write_sysctl
+from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, write_sysctl
 from ipam_daemon.plan import BridgePlan, VxlanPlan
+from ipam_daemon.rtnl import add_address
 
 _UP = "up"
 
@@ -56,10 +62,10 @@ class Devices:
             with naming(f"nf_call_iptables of {plan.name}"):
                 self._thread.host.link("set", index=index, kind="bridge", br_nf_call_iptables=1, br_nf_call_ip6tables=1)
             done.append(f"set nf_call_iptables of {plan.name}")
+        for path, value in wanted_sysctls(plan).items():
+            write_sysctl(path, value)
         done += self._ensure_common(index, link, plan.mac, plan.mtu, plan.addresses)
-        done += self._remove_addresses(index, plan)
-        self._ensure_sysctls(plan)
-        return done
+        return done + self._remove_addresses(index, plan)
 
     def ensure_vxlan(self, plan: VxlanPlan) -> list[str]:
         """Brings the VXLAN device to its plan. Returns what had to be done, in words."""
@@ -76,7 +82,31 @@ class Devices:
             self._make_vxlan(plan)
             done.append(f"made {plan.name}")
         index = index_of(plan.name)
+        for path, value in vxlan_sysctls(plan).items():
+            write_sysctl(path, value)
         return done + self._ensure_common(index, self._link(index), plan.mac, plan.mtu, plan.addresses)
+
+    def prepare_underlay(self, names: Iterable[str], forwards: Iterable[int], direct: bool) -> list[str]:
+        """Lets the underlay's interfaces do what the node is going to need. Returns what had to be done, in words.
+
+        Before a node forwards IPv6 (`forwards`: the families that it is about to), it learns from routers only where it
+        would still when it does: the kernel drops what it has learnt at that moment (ip-sysctl: accept_ra). Where
+        packets of pods come `direct`, their way back may be the VXLAN device while the backend changes: they are taken
+        if there is any way back (rp_filter 2), where only the one that they came by was taken.
+        """
+        done: list[str] = []
+        begins = 6 in tuple(forwards) and read_sysctl("net/ipv6/conf/all/forwarding") == "0"
+        strict_anyway = read_sysctl("net/ipv4/conf/all/rp_filter") == "1"
+        for name in names:
+            accept, loose = f"net/ipv6/conf/{name}/accept_ra", f"net/ipv4/conf/{name}/rp_filter"
+            if begins and read_sysctl(accept) == "1":
+                write_sysctl(accept, "2")
+                done.append(f"{name} goes on to learn from routers (accept_ra 2)")
+            found = read_sysctl(loose)
+            if direct and (found == "1" or (found == "0" and strict_anyway)):
+                write_sysctl(loose, "2")
+                done.append(f"{name} takes packets that have another way back (rp_filter 2)")
+        return done
 
     def _make_vxlan(self, plan: VxlanPlan) -> None:
         local = {"vxlan_local" if plan.local.version == 4 else "vxlan_local6": str(plan.local)}
@@ -117,9 +147,7 @@ class Devices:
         for interface in wanted:
             if interface not in there:
                 with naming(f"address {interface} on {name}"):
-                    self._thread.host.addr(
-                        "add", index=index, address=str(interface.ip), prefixlen=interface.network.prefixlen
-                    )
+                    self._thread.channel.exchange([add_address(index, interface)])
                 done.append(f"added {interface} to {name}")
         return done
 
@@ -136,24 +164,8 @@ class Devices:
                 done.append(f"removed {interface} from {plan.name}")
         return done
 
-    def _ensure_sysctls(self, plan: BridgePlan) -> None:
-        for path, value in wanted_sysctls(plan).items():
-            write_sysctl(path, value)
-
     def _link(self, index: int) -> Any:
         return self._thread.host.get_links(index)[0]
-
-    # --- the underlay
-
-    def default_addresses(self) -> tuple[Address, ...]:
-        """The address from which this node reaches the world by its default route. Empty when it has none."""
-        for route in self._thread.host.get_routes(family=socket.AF_INET):
-            if route["dst_len"] == 0 and route.get("oif"):
-                if route.get("prefsrc"):
-                    return (ipaddress.ip_address(route.get("prefsrc")),)
-                for each in self._thread.host.get_addr(index=route.get("oif"), family=socket.AF_INET):
-                    return (ipaddress.ip_address(each.get("address")),)
-        return ()
 
     def vtep_addresses(self, name: str) -> tuple[Address, ...]:
         """The addresses of the VXLAN device as it is; none when there is none."""
@@ -161,27 +173,30 @@ class Devices:
         found = self._thread.host.get_addr(index=index) if index else ()
         return tuple(ipaddress.ip_address(each.get("address")) for each in found)
 
-    def underlay_mtu(self, local: Address) -> int:
-        """The MTU of the interface that has the address `local`, in bytes.
-
-        Raises TryAgainLater when no interface has it.
-        """
-        for each in self._thread.host.get_addr(family=socket.AF_INET if local.version == 4 else socket.AF_INET6):
-            if each.get("local", each.get("address")) == str(local) or each.get("address") == str(local):
-                return int(self._link(each["index"]).get("mtu"))
-        raise TryAgainLater(f"no interface of this node has the node address {local}")
-
 
 def wanted_sysctls(plan: BridgePlan) -> dict[str, str]:
     """Path below /proc/sys → value. A node forwards; and it never tells a pod of a shorter way, which would go round
     the firewall and NAT.
 
-    Redirects are sent when `all` or the interface says so (ip-sysctl: send_redirects), hence both.
+    Redirects are sent when `all` or the interface says so (ip-sysctl: send_redirects), hence both. A kernel without
+    IPv6 has none of its own to set.
     """
     versions = {interface.version for interface in plan.addresses}
+    wanted = {f"net/ipv4/conf/{name}/send_redirects": "0" for name in ("all", plan.name)}
+    if os.path.exists("/proc/sys/net/ipv6"):
+        wanted[f"net/ipv6/conf/{plan.name}/accept_ra"] = "0"
+    if 6 in versions:
+        wanted |= {f"net/ipv6/conf/{plan.name}/{name}": "0" for name in ("disable_ipv6", "accept_dad", "dad_transmits")}
     forwarding = {4: "net/ipv4/ip_forward", 6: "net/ipv6/conf/all/forwarding"}
-    wanted = {path: "1" for version, path in forwarding.items() if version in versions}
-    return wanted | {f"net/ipv4/conf/{name}/send_redirects": "0" for name in ("all", plan.name)}
+    return wanted | {path: "1" for version, path in forwarding.items() if version in versions}
+
+
+def vxlan_sysctls(plan: VxlanPlan) -> dict[str, str]:
+    """The same of the VXLAN device: a packet from it may have its way back by the underlay, while a backend changes."""
+    wanted = {f"net/ipv4/conf/{plan.name}/rp_filter": "2"}
+    if any(interface.version == 6 for interface in plan.addresses):
+        wanted[f"net/ipv6/conf/{plan.name}/disable_ipv6"] = "0"
+    return wanted
 
 
 def _refuse_foreign(link: Any, name: str, kind: str) -> None:

@@ -143,11 +143,15 @@ class Journal:
     def commit(self, attachment: Attachment) -> Attachment:
         """Records that the wire is made, and returns the attachment as it now stands."""
         attached = msgspec.structs.replace(attachment, state=AttachmentState.ATTACHED)
+        self.replace(attached)
+        return attached
+
+    def replace(self, attachment: Attachment) -> None:
+        """Records that an attachment has changed. One that is gone is not brought back."""
         self._db.execute(
             "UPDATE attachment SET body = ? WHERE network = ? AND container_id = ? AND ifname = ?",
-            (encode(attached), *_row_key(attachment.key)),
+            (encode(attachment), *_row_key(attachment.key)),
         )
-        return attached
 
     def get(self, key: AttachmentKey) -> Attachment | None:
         """The attachment of `key`, None when there is none or only one that is releasing."""

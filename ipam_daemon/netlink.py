@@ -152,6 +152,15 @@ def naming(what: str) -> Iterator[None]:
         ) from error
 
 
+def read_sysctl(path: str) -> str:
+    """What /proc/sys/<path> says in the namespace of this thread; empty when this kernel has no such thing."""
+    try:
+        with open(f"/proc/sys/{path}", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def write_sysctl(path: str, value: str) -> None:
     """Writes /proc/sys/<path>, unless it says so already (a read-only /proc/sys is fine when nothing has to change).
 

@@ -54,7 +54,19 @@ from ipam_daemon.model import Block, ClusterConfig, Network, NodeRecord, Pool, e
 from ipam_daemon.node_list import NodeList, decoded
 from ipam_daemon.restoration import Restoration
 from podwire.etcd import EtcdError, EtcdSession, EtcdUnavailable
-from podwire.etcd.records import Compare, Get, Header, Item, Put, TxnResult, absent, unchanged
+from podwire.etcd.records import (
+    Changes,
+    Compare,
+    Get,
+    Header,
+    Item,
+    Put,
+    Snapshot,
+    TxnResult,
+    Written,
+    absent,
+    unchanged,
+)
 from podwire.etcd.records import Delete as DeleteKey
 
 __all__ = [
@@ -81,6 +93,10 @@ class Registry(Protocol):
 
     async def agree(self, config: ClusterConfig) -> ClusterConfig:
         """Writes the cluster's configuration if there is none; returns the one that holds. Raises ConfigMismatch."""
+
+    def watch_config(self) -> AsyncGenerator[ClusterConfig, None]:
+        """The cluster's configuration, and again whenever somebody changes it. One that is deleted or cannot be read is
+        passed over, logged. Waits out outages; close it when done (aclosing)."""
 
     def seen(self) -> str:
         """How far the store has come, for `recall` by the next process; empty before the first answer."""
@@ -183,6 +199,15 @@ class EtcdRegistry:
                 f"etcd has no configuration of the cluster at {key}, and this node may not write it: "
                 f"put {encode(config).decode()} there as an administrator"
             ) from error
+
+    async def watch_config(self) -> AsyncGenerator[ClusterConfig, None]:
+        key = f"{self._root}config"
+        async with aclosing(self._session.watch_prefix(key)) as batches:
+            async for batch in batches:
+                for item in latest(batch):
+                    config = _readable(item, ClusterConfig) if item.key == key else None
+                    if config is not None:
+                        yield config
 
     # --- a store that was restored ---------------------------------------------------------------------------
 
@@ -411,6 +436,13 @@ class EtcdRegistry:
     async def _node(self, name: str) -> NodeRecord | None:
         item = await self._session.get(f"{self._root}nodes/{name}")
         return None if item is None else decoded(item, NodeRecord)
+
+
+def latest(batch: Snapshot | Changes) -> tuple[Item, ...]:
+    """What a watch says that is there."""
+    if isinstance(batch, Snapshot):
+        return batch.items
+    return tuple(event.item for event in batch.events if isinstance(event, Written))
 
 
 def _readable(item: Item, kind: type[T]) -> T | None:

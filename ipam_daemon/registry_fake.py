@@ -100,6 +100,19 @@ class FakeRegistry:
         check_same(config, self.store.config, "/podwire/v1/config")
         return self.store.config
 
+    async def watch_config(self) -> AsyncGenerator[ClusterConfig, None]:
+        event, told = asyncio.Event(), None
+        self.store.watchers.add(event)
+        try:
+            while True:
+                if self.store.config is not None and self.store.config != told:
+                    told = self.store.config
+                    yield told
+                await event.wait()
+                event.clear()
+        finally:
+            self.store.watchers.discard(event)
+
     def seen(self) -> str:
         return str(self.store.breaks)
 

@@ -97,6 +97,11 @@ def raise_link(index: int) -> Message:
     return Message(_NEWLINK, 0, _LINK.pack(0, 0, index, _IFF_UP, _IFF_UP), "link up")
 
 
+def set_mtu(index: int, mtu: int) -> Message:
+    """Gives a link an MTU, in bytes."""
+    return Message(_NEWLINK, 0, _LINK.pack(0, 0, index, 0, 0) + _attribute(_IFLA_MTU, _U32.pack(mtu)), "MTU")
+
+
 def lower_link(index: int, group: int) -> Message:
     """Sets a link down, takes it out of its bridge, and puts it into a link group, all at once."""
     body = (
@@ -139,13 +144,24 @@ def add_default_route(index: int, gateway: Address) -> Message:
 
 def is_sending(link: bytes) -> bool:
     """Whether the link in an answer to `get_link` is operationally up (RFC 2863): it sends what it is given."""
+    return _find(link, _IFLA_OPERSTATE)[:1] == bytes((_OPERSTATE_UP,))
+
+
+def mtu_of(link: bytes) -> int:
+    """The MTU of the link in an answer to `get_link`, in bytes."""
+    found = _find(link, _IFLA_MTU)
+    return int(_U32.unpack(found)[0]) if found else 0
+
+
+def _find(link: bytes, wanted: int) -> bytes:
+    """The value of an attribute in an answer to `get_link`; empty when there is none."""
     at = _LINK.size
     while at + _ATTRIBUTE.size <= len(link):
         length, kind = _ATTRIBUTE.unpack_from(link, at)
-        if kind == _IFLA_OPERSTATE:
-            return link[at + _ATTRIBUTE.size] == _OPERSTATE_UP
+        if kind == wanted:
+            return link[at + _ATTRIBUTE.size : at + length]
         at += _padded(max(length, _ATTRIBUTE.size))
-    return False
+    return b""
 
 
 # --- the socket -----------------------------------------------------------------------------------------------------

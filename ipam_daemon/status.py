@@ -13,6 +13,7 @@ from podwire.etcd.session import EtcdSession
 from podwire.v1 import agent_pb2
 
 _REPAIRS = 20
+_MOST = 2**32 - 1  # of the message's fields
 _STATES = ("used", "releasing", "cooling", "reserved", "free")
 
 
@@ -48,7 +49,7 @@ class Status:
                 agent_pb2.BlockStatus(
                     cidr=str(use.block.cidr),
                     pool=use.block.pool,
-                    **{state: getattr(use, state) for state in _STATES},
+                    **{state: min(getattr(use, state), _MOST) for state in _STATES},
                 )
                 for use in self._attachments.uses()
             ],
@@ -64,6 +65,8 @@ class Status:
             waiting_dels=len(self._queue.waiting),
             releasing_wires=len(self._journal.releasing()),
             obstacle=self._agent.keeper.obstacle,
+            backend=self._agent.backend.type,
+            notes=self._agent.notes(),
             peer_nodes=[
                 agent_pb2.Peer(name=each.name, addresses=map(str, each.addresses), blocks=map(str, each.blocks))
                 for each in self._agent.peers

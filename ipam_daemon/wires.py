@@ -31,6 +31,7 @@ from ipam_daemon.model import Address, Attachment, Network, host_mac
 from ipam_daemon.netlink import NetlinkThread, container, container_channel, index_of, naming, tolerating
 from ipam_daemon.plan import BRIDGE, alias_of, attachment_of
 from ipam_daemon.rtnl import (
+    Channel,
     End,
     add_address,
     add_default_route,
@@ -38,7 +39,9 @@ from ipam_daemon.rtnl import (
     is_sending,
     lower_link,
     make_pair,
+    mtu_of,
     raise_link,
+    set_mtu,
     set_port,
 )
 from podwire.netns import NetnsError, open_netns
@@ -149,6 +152,34 @@ class Wires:
             if time.monotonic() > deadline:
                 raise PlumbingFailed(f"{host_ifname} has no carrier after {_CARRIER_SECONDS:g} s")
             time.sleep(_CARRIER_POLL)
+
+    # --- another MTU
+
+    def resize(self, attachment: Attachment, mtu: int) -> None:
+        """Gives both ends this MTU, in bytes: the pod's first when it shrinks, so that it sends nothing that its other
+        end would drop, last when it grows. An end that somebody gave another MTU keeps it; one that is gone is fine."""
+        ends = [self._resize_pods_end, self._resize_hosts_end]
+        for resize in ends if mtu < attachment.mtu else reversed(ends):
+            resize(attachment, mtu)
+
+    def _resize_hosts_end(self, attachment: Attachment, mtu: int) -> None:
+        index = index_of(attachment.host_ifname)
+        if index:
+            with naming(f"MTU of {attachment.host_ifname}"), tolerating(errno.ENODEV):
+                _resize(self._thread.channel, index, attachment.mtu, mtu)
+
+    def _resize_pods_end(self, attachment: Attachment, mtu: int) -> None:
+        try:
+            netns = open_netns(attachment.netns)
+        except NetnsError:
+            return  # its wire goes with it
+        try:
+            with container_channel(netns, attachment.key.ifname) as (channel, index):
+                if index:
+                    with naming(f"MTU of {attachment.key} in its namespace"), tolerating(errno.ENODEV):
+                        _resize(channel, index, attachment.mtu, mtu)
+        finally:
+            os.close(netns)
 
     # --- DEL
 
@@ -267,6 +298,12 @@ class Wires:
             self._thread.host.link("set", index=link["index"], master=index_of(self._bridge), state=_UP)
         self._configure_port(attachment)
         return WireState.MENDED
+
+
+def _resize(channel: Channel, index: int, known: int, mtu: int) -> None:
+    (link,) = channel.exchange([get_link(index)])
+    if mtu_of(link) == known:
+        channel.exchange([set_mtu(index, mtu)])
 
 
 def _container_differences(

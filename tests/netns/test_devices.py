@@ -11,6 +11,7 @@ import pytest
 from ipam_daemon.devices import Devices
 from ipam_daemon.errors import PlumbingFailed, TryAgainLater
 from ipam_daemon.plan import BridgePlan, VxlanPlan
+from ipam_daemon.underlay import default_addresses, find_underlay
 from tests.netns.node_fixtures import Node, bridge_plan, engine, play, pods
 
 BRIDGE = bridge_plan(ipaddress.ip_network("10.244.1.0/24"))
@@ -185,18 +186,19 @@ def test_a_port_in_use_is_named() -> None:
 def test_the_underlay() -> None:
     async def story() -> None:
         async with Node() as node:
-            devices = Devices(node.thread)
-            assert await node.thread.run(devices.default_addresses) == ()
+            assert await node.thread.run(default_addresses, node.thread) == ()
             node.ip("link", "add", "under0", "mtu", "1400", "type", "veth", "peer", "name", "under1")
             for words in ("link set under0 up", "link set under1 up", "addr add 192.0.2.1/24 dev under0"):
                 node.ip(*words.split())
-            assert await node.thread.run(devices.default_addresses) == ()
+            assert await node.thread.run(default_addresses, node.thread) == ()
             node.ip("route", "add", "default", "via", "192.0.2.254")
-            (address,) = await node.thread.run(devices.default_addresses)
+            (address,) = await node.thread.run(default_addresses, node.thread)
             assert str(address) == "192.0.2.1"
-            assert await node.thread.run(devices.underlay_mtu, address) == 1400
+            found = await node.thread.run(find_underlay, node.thread, (address,))
+            assert (found.mtu, list(found.devices.values())) == (1400, ["under0"])
+            assert found.on_link == {ipaddress.ip_network("192.0.2.0/24"): "under0"}
             with pytest.raises(TryAgainLater, match=r"no interface of this node has the node address 192\.0\.2\.7"):
-                await node.thread.run(devices.underlay_mtu, ipaddress.ip_address("192.0.2.7"))
+                await node.thread.run(find_underlay, node.thread, (ipaddress.ip_address("192.0.2.7"),))
 
     play(story)
 
@@ -212,6 +214,6 @@ def test_the_source_of_the_default_route_goes_before_the_first_address() -> None
                 "route add default via 192.0.2.254 src 192.0.2.5",
             ):
                 node.ip(*words.split())
-            assert [str(a) for a in await node.thread.run(Devices(node.thread).default_addresses)] == ["192.0.2.5"]
+            assert [str(a) for a in await node.thread.run(default_addresses, node.thread)] == ["192.0.2.5"]
 
     play(story)
