@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -43,7 +43,9 @@ class PodwireNode:
         self.etcd = etcd
         self.socket = socket
         """Where the daemon listens."""
-        self._namespace = namespace
+        self.began = 0.0
+        """CLOCK_MONOTONIC before the daemon's exec, in seconds."""
+        self.namespace = namespace
         self._process = process
 
     def phases(self) -> dict[tuple[str, str], float]:
@@ -64,7 +66,7 @@ class PodwireNode:
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of the daemon's HTTP answer. Raises OSError while it does not listen."""
         connection = http.client.HTTPConnection(*_HTTP, timeout=5)
-        with self._namespace.entered(), contextlib.closing(connection):
+        with self.namespace.entered(), contextlib.closing(connection):
             connection.request("GET", path)
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
@@ -98,6 +100,15 @@ def spent(
 def podwire_node(stage: Stage, name: str, **changes: object) -> Iterator[PodwireNode]:
     """A node on its own etcd; `name` is its namespace's, and different for every node of a stage. `changes` are
     settings of the daemon that are not its defaults."""
+    with prepared_node(stage, name, lambda _namespace, _etcd: None, changes) as node:
+        yield node
+
+
+@contextlib.contextmanager
+def prepared_node(
+    stage: Stage, name: str, prepare: Callable[[Namespace, EtcdServer], None], changes: Mapping[str, object]
+) -> Iterator[PodwireNode]:
+    """The same, with something done to etcd before the daemon starts."""
     namespace = stage.node(name)
     memory, disk = stage.memory / name, stage.disk / name
     memory.mkdir()
@@ -118,11 +129,14 @@ def podwire_node(stage: Stage, name: str, **changes: object) -> Iterator[Podwire
     command = (*entering, "setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-m", "ipam_daemon.main")
     log_path = disk / "ipamd.log"
     with etcd, log_path.open("wb") as log:
+        prepare(namespace, etcd)
+        began = time.monotonic()
         process = subprocess.Popen(
             (*command, "--config", str(disk / "ipamd.yaml")), stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
         try:
             node = PodwireNode(namespace, process, executable, etcd, memory / "run" / "ipamd.sock")
+            node.began = began
             node.wait_ready(log_path)
             yield node
         finally:

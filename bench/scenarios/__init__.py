@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from bench.report import Report
-from bench.scenarios import churn, executable, latency, memory, outage
+from bench.scenarios import churn, executable, latency, memory, outage, scale
 from bench.stage import Stage
 
 
@@ -33,4 +33,11 @@ SCENARIOS = (
     ),
     Scenario(name="outage", about="etcd stopped and started again", run=outage.run, rounds=5, quick=1),
     Scenario(name="memory", about="the daemon's memory with 200 pods", run=memory.run, rounds=200, quick=20),
+    Scenario(
+        name="scale",
+        about="5,000 other nodes, 250 pods, 256 nodes that claim at once",
+        run=scale.run,
+        rounds=5000,
+        quick=500,
+    ),
 )

@@ -25,11 +25,11 @@ def run(stage: Stage, rounds: int) -> Report:
     with podwire_node(stage, "memory") as node:
         pods = stage.pods(rounds + 1)
         node.contender.delete(node.contender.add(pods.pop()))
-        empty = _settled(node)
+        empty = settled(node)
         added = [node.contender.add(pod) for pod in pods]
-        full = _settled(node)
+        full = settled(node)
         deleted = [node.contender.delete(each) for each in added]
-        after = _settled(node)
+        after = settled(node)
     adds = [each.finished.seconds for each in added]
     dels = [each.finished.seconds for each in deleted]
     memory = Table(
@@ -58,7 +58,8 @@ def run(stage: Stage, rounds: int) -> Report:
     )
 
 
-def _settled(node: PodwireNode) -> Memory:
+def settled(node: PodwireNode) -> Memory:
+    """The daemon's memory once it has not moved for a while."""
     deadline = time.monotonic() + _SETTLED_WITHIN
     seen, since = node.memory(), time.monotonic()
     while time.monotonic() - since < _CALM and time.monotonic() < deadline:
