@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from uuid import uuid4
 
@@ -12,9 +13,10 @@ import yaml
 
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import at_once, containers, on_node, status
+from tests.netns.containers import add_again, at_once, containers, on_node, status
 
 PATIENCE = 30.0
+Record = Callable[[str, object], None]
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +68,19 @@ def test_a_node_claims_blocks_as_it_fills_and_returns_them_as_it_empties(lab: La
         at_once([partial(each.call, "DEL") for each in (*boxes, peer)])
     process.wait_for(lambda: len(blocks(lab, "node1")) == 1, PATIENCE, "the empty blocks to be returned")
     (left,) = blocks(lab, "node1")
-    shown = on_node(lab, "node1", "ip", "-4", "-o", "address", "show", "pw0").stdout
-    assert [line.split()[3] for line in shown.splitlines()] == [str(ipaddress.ip_interface(f"{_first(left)}/29"))]
-    routes = on_node(lab, "node2", "ip", "route", "show", "proto", "80").stdout
-    assert [line.split()[0] for line in routes.splitlines()] == [left]
+    gateway = [str(ipaddress.ip_interface(f"{_first(left)}/29"))]
+    process.wait_for(lambda: gateways(lab, "node1") == gateway, PATIENCE, "the bridge to lose the other gateways")
+    process.wait_for(lambda: routes(lab, "node2") == [left], PATIENCE, "the peer to lose the other routes")
+
+
+def gateways(lab: LabState, name: str) -> list[str]:
+    shown = on_node(lab, name, "ip", "-4", "-o", "address", "show", "pw0").stdout
+    return [line.split()[3] for line in shown.splitlines()]
+
+
+def routes(lab: LabState, name: str) -> list[str]:
+    shown = on_node(lab, name, "ip", "route", "show", "proto", "80").stdout
+    return [line.split()[0] for line in shown.splitlines()]
 
 
 def _first(cidr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -77,7 +88,9 @@ def _first(cidr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 @pytest.mark.fault("etcd away, all blocks full", promises=("error 11, quickly", "ADD works once etcd is back"))
-def test_without_etcd_a_full_node_is_told_to_try_again_and_goes_on_when_it_is_back(lab: LabState) -> None:
+def test_without_etcd_a_full_node_is_told_to_try_again_and_goes_on_when_it_is_back(
+    lab: LabState, record_property: Record
+) -> None:
     with containers(lab, "node1", "away", 6) as boxes:
         etcd = process.recorded(lab.files, cluster.ETCD)
         assert etcd is not None
@@ -88,8 +101,9 @@ def test_without_etcd_a_full_node_is_told_to_try_again_and_goes_on_when_it_is_ba
             assert [answer.error for answer in added] == [0, 0, 0, 0, 11, 11]
             assert "claiming another block" in added[4].body["msg"]
         finally:
+            began = time.monotonic()
             cluster.start_etcd(lab)
-        process.wait_for(lambda: boxes[4].call("ADD").error == 0, PATIENCE, "another block")
+        add_again(boxes[4], record_property, began)
         assert boxes[5].call("ADD").error == 0
         at_once([partial(each.call, "DEL") for each in boxes])
     process.wait_for(lambda: len(blocks(lab, "node1")) == 1, PATIENCE, "the empty blocks to be returned")
@@ -108,14 +122,15 @@ def test_a_node_keeps_to_its_limit(lab: LabState) -> None:
 @pytest.mark.fault(
     "daemon killed on a node with several blocks", promises=("blocks and addresses stay the node's", "no address twice")
 )
-def test_a_restarted_daemon_knows_all_its_blocks_and_pods(lab: LabState) -> None:
-    with containers(lab, "node1", "again", 9) as boxes:
+def test_a_restarted_daemon_knows_all_its_blocks_and_pods(lab: LabState, record_property: Record) -> None:
+    with containers(lab, "node1", "again", 10) as (late, *boxes):
         at_once([partial(each.call, "ADD") for each in boxes])
         before = blocks(lab, "node1")
         node.kill_daemon(lab, "node1")
+        began = time.monotonic()
         node.start_daemon(lab, "node1")
-        node.wait_daemon(lab, "node1")
-        assert sum(block.used for block in status(lab, "node1").blocks) == 9
+        add_again(late, record_property, began)
+        assert sum(block.used for block in status(lab, "node1").blocks) == 10
         assert blocks(lab, "node1") >= before
-        at_once([partial(each.call, "DEL") for each in boxes])
+        at_once([partial(each.call, "DEL") for each in (late, *boxes)])
     process.wait_for(lambda: len(blocks(lab, "node1")) == 1, PATIENCE, "the empty blocks to be returned")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,11 @@ import yaml
 
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import at_once, containers, on_node, pod_links, status
-from tests.netns.traffic import Pings
+from tests.netns.containers import add_again, at_once, containers, on_node, pod_links, status
+from tests.netns.traffic import Pings, traffic
 
 PATIENCE = 30.0
+Record = Callable[[str, object], None]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_two_hundred_pods_added_at_once_have_two_hundred_addresses(lab: LabState
     "daemon killed and started again",
     promises=("running pods lose no packet", "a DEL meanwhile is queued and done", "every answer is true, or error 11"),
 )
-def test_a_killed_daemon_loses_no_packet_and_no_del(lab: LabState) -> None:
+def test_a_killed_daemon_loses_no_packet_and_no_del(lab: LabState, record_property: Record) -> None:
     with containers(lab, "node1", "here", 3) as (talker, gone, late), containers(lab, "node2", "there", 1) as (peer,):
         at_once([partial(each.call, "ADD") for each in (talker, gone)])
         address = peer.call("ADD").address
@@ -79,10 +81,11 @@ def test_a_killed_daemon_loses_no_packet_and_no_del(lab: LabState) -> None:
             assert gone.call("DEL").code == 0, "a DEL may be repeated"
             queue = lab.files.node_path("node1", "/var/lib/podwire") / "del-queue"
             assert len(list(queue.glob("*.del"))) == 2
-            restart(lab, "node1")
+            began = time.monotonic()
+            node.start_daemon(lab, "node1")
+            add_again(late, record_property, began)
             wait(lambda: not list(queue.iterdir()), "the queue to be replayed")
-            wait(lambda: len(pod_links(lab, "node1")) == 1, "the queued DEL to be done")
-            assert late.call("ADD").error == 0
+            wait(lambda: len(pod_links(lab, "node1")) == 2, "the queued DEL to be done")
             assert pings.lost() == 0
         at_once([partial(each.call, "DEL") for each in (talker, late, peer)])
     wait(partial(nothing_is_held, lab, "node1"), "node1 to be empty")
@@ -133,43 +136,52 @@ def test_kill_in_the_middle_of_adds_leaves_nothing_that_nobody_has(lab: LabState
         at_once([partial(each.call, "DEL") for each in boxes])
 
 
-@pytest.mark.fault("etcd away, daemon restarted meanwhile", promises=("ADD and DEL go on in the node's blocks",))
-def test_pods_start_while_etcd_is_away_and_after_a_restart_without_it(lab: LabState) -> None:
-    with containers(lab, "node1", "etcd", 3) as (first, second, third), containers(lab, "node2", "far", 1) as (peer,):
+@pytest.mark.fault(
+    "etcd away, daemon restarted meanwhile",
+    promises=("ADD and DEL go on in the node's blocks", "running pods lose no packet"),
+)
+def test_pods_start_while_etcd_is_away_and_after_a_restart_without_it(lab: LabState, record_property: Record) -> None:
+    with containers(lab, "node1", "etcd", 4) as (talker, *boxes), containers(lab, "node2", "far", 1) as (peer,):
+        first, second, third = boxes
         address = peer.call("ADD").address
-        etcd = process.recorded(lab.files, cluster.ETCD)
-        assert etcd is not None
-        etcd.kill()
-        assert etcd.wait_gone(PATIENCE)
-        try:
-            assert first.call("ADD").error == 0
-            node.kill_daemon(lab, "node1")
-            restart(lab, "node1")
-            assert second.call("ADD").error == 0
-            assert second.run("ping", "-c1", "-W2", address).returncode == 0, "routes to other nodes have stayed"
-            assert first.call("DEL").code == 0
-        finally:
-            cluster.start_etcd(lab)
-        wait(lambda: status(lab, "node1").etcd.connected and status(lab, "node1").peers == 1, "node1 to join again")
-        assert third.call("ADD").error == 0
-        at_once([partial(each.call, "DEL") for each in (second, third, peer)])
+        assert talker.call("ADD").error == 0
+        with traffic(talker, peer, address) as through:
+            etcd = process.recorded(lab.files, cluster.ETCD)
+            assert etcd is not None
+            etcd.kill()
+            assert etcd.wait_gone(PATIENCE)
+            try:
+                assert first.call("ADD").error == 0
+                node.kill_daemon(lab, "node1")
+                began = time.monotonic()
+                node.start_daemon(lab, "node1")
+                add_again(second, record_property, began)
+                assert second.run("ping", "-c1", "-W2", address).returncode == 0, "routes to other nodes have stayed"
+                assert first.call("DEL").code == 0
+            finally:
+                cluster.start_etcd(lab)
+            wait(lambda: status(lab, "node1").etcd.connected and status(lab, "node1").peers == 1, "node1 to join again")
+            assert third.call("ADD").error == 0
+            assert through.harm() == []
+        at_once([partial(each.call, "DEL") for each in (talker, second, third, peer)])
 
 
 @pytest.mark.fault(
     "daemons of two nodes upgraded", promises=("running pods lose no packet", "rules and wires stay as they are")
 )
-def test_an_upgrade_with_pods_running_drops_no_packet(lab: LabState) -> None:
+def test_an_upgrade_with_pods_running_drops_no_packet(lab: LabState, record_property: Record) -> None:
     with containers(lab, "node1", "up", 2) as (talker, other), containers(lab, "node2", "stay", 1) as (peer,):
         link = talker.call("ADD").body["interfaces"][0]["name"]
         address = peer.call("ADD").address
         with Pings(talker, address) as pings:
             rules = on_node(lab, "node1", "nft", "-s", "list", "table", "inet", "podwire").stdout
-            for name in ("node1", "node2"):
+            for name in ("node2", "node1"):
                 node.stop_daemon(lab, name)
+                began = time.monotonic()
                 restart(lab, name)
+            add_again(other, record_property, began)
             assert on_node(lab, "node1", "nft", "-s", "list", "table", "inet", "podwire").stdout == rules
             assert link in pod_links(lab, "node1")
-            assert other.call("ADD").error == 0
             assert pings.lost() == 0
         at_once([partial(each.call, "DEL") for each in (talker, other, peer)])
 
