@@ -58,11 +58,11 @@ def load(sources: Sequence[str | Path], stdin: TextIO | None = None) -> list[Obj
 
 def parse(text: str, source: str) -> list[Object]:
     """The objects of a YAML stream. `source` is what errors call it."""
-    objects: list[Object] = []
+    found: list[Object] = []
     for number, document in enumerate(documents(text, source), start=1):
         if document is not None:
-            objects += _objects(document, f"{source}: document {number}")
-    return objects
+            found += objects(document, f"{source}: document {number}")
+    return found
 
 
 def documents(text: str, source: str) -> list[Any]:
@@ -103,7 +103,8 @@ def _texts(source: str | Path, stdin: TextIO | None) -> Iterator[tuple[str, str]
             raise ManifestError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def _objects(document: Any, where: str) -> Iterator[Object]:
+def objects(document: Any, where: str) -> Iterator[Object]:
+    """The objects of one plain document; a list is taken apart. Raises ManifestError, which begins with `where`."""
     if not isinstance(document, dict):
         raise ManifestError(f"{where}: this is {_called(document)}; a manifest is a mapping with apiVersion and kind")
     for field in ("apiVersion", "kind"):
@@ -116,7 +117,7 @@ def _objects(document: Any, where: str) -> Iterator[Object]:
         for number, item in enumerate(document["items"]):
             if isinstance(item, dict) and document["kind"] != "List":  # items of a PodList do not say what they are
                 item = {"apiVersion": document["apiVersion"], "kind": document["kind"].removesuffix("List"), **item}
-            yield from _objects(item, f"{where}: items[{number}]")
+            yield from objects(item, f"{where}: items[{number}]")
         return
     metadata = document.get("metadata")
     if not isinstance(metadata, dict):

@@ -13,6 +13,10 @@ class ApiUnavailable(TryAgain):
         self.retry_after = retry_after
 
 
+class Silence(ApiUnavailable):
+    """The connection stands and says nothing."""
+
+
 class TooManyRequests(ApiUnavailable):
     """429: the server is well, and wants to be left alone for `retry_after` seconds."""
 
@@ -51,3 +55,7 @@ class NotFound(ApiError):
 
 class Expired(ApiError):
     """410: a resourceVersion or a continue token is older than what the server remembers."""
+
+
+class NotStreamed(ApiError):
+    """The server does not give lists as streams."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Generic
 
 from podwire.kube.decode import Bookmark, Broken, Event, Failure, Gone, Page, Reader, Written
-from podwire.kube.errors import Expired, Garbled
+from podwire.kube.errors import Expired, Garbled, NotStreamed
 from podwire.kube.kinds import Key, T, Wanted
 from podwire.kube.known import Known
 from podwire.kube.lines import LONGEST, LineSplitter
@@ -35,7 +35,7 @@ class Follower(Generic[T]):
         self.wanted = wanted
         self.known = Known()
         self.synced = False
-        self.failure: Expired | Garbled | None = None
+        self.failure: Expired | Garbled | NotStreamed | None = None
         self._reader = Reader(wanted.kind)
         self._longest = longest_line
         self._lines = LineSplitter(longest_line)
@@ -79,7 +79,7 @@ class Follower(Generic[T]):
         try:
             for line in self._lines.feed(data):
                 said = self._event(self._reader.event(line)) or said
-        except (Garbled, Expired) as error:
+        except (Garbled, Expired, NotStreamed) as error:
             self.failure = error
         if said is not None:  # the end of a streamed list: what it found gone is news, and so is that it is complete
             return self._batch() or said
@@ -110,6 +110,8 @@ class Follower(Generic[T]):
                         raise Garbled("the end of a streamed list without a resourceVersion")
                     self._check_history(version)
                     return self._mark(version)
+                if self.known.listing:  # only a server that does not know streamed lists sends one before the mark
+                    raise NotStreamed("a bookmark before the end of the list")
                 self._advance(version)
             case Failure(code, message):
                 raise Expired(message, code) if code == _EXPIRED else Garbled(f"the server ended the watch: {message}")

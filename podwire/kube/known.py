@@ -50,11 +50,11 @@ class Known:
         return True
 
     def broken(self, key: Key) -> None:
-        """The key is there and cannot be understood: what was told of it stays, and any next version is news."""
+        """The key is there and cannot be understood: what was told of it stays, and any next version is news. So is
+        its end, lest it be reported for ever."""
         if self._listing is not None:
             self._listing.add(key)
-        if key in self._versions:
-            self._versions[key] = ""
+        self._versions[key] = ""
 
     def gone(self, key: Key) -> bool:
         """The key is not there any more. Whether that is news."""

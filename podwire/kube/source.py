@@ -65,7 +65,7 @@ class Observer(Protocol):
         """An object was left out. `name` is `namespace/name`, or empty."""
 
     def problem(self, kind: str, reason: str) -> None:
-        """Following a kind is hindered by `reason`; an empty one: it works (again)."""
+        """Following a kind, or a path of manifests, is hindered by `reason`; an empty one: it works (again)."""
 
 
 class Silent:
