@@ -161,8 +161,7 @@ def decide(plan: PortPlan, frontend: Frontend, source: Source, settings: Setting
     follows_local = frontend.local and (internal or source is Source.EXTERNAL)
     backends = plan.local if follows_local else plan.cluster
     if not backends:
-        somewhere = bool(plan.cluster or plan.local)
-        return Decision(verdict=Verdict.DROP if frontend.local and somewhere else Verdict.REFUSE)
+        return Decision(verdict=Verdict.DROP if plan.cluster else Verdict.REFUSE)
     if internal:
         masquerade = settings.masquerade_all or (detecting and source is not Source.POD)
     else:

@@ -21,7 +21,7 @@ from tests.unit.service_objects import (
 )
 
 Case = tuple[tuple[str, ...], list[int], list[int]]
-LOCAL = {
+LOCAL: dict[str, Any] = {
     "type": "NodePort",
     "ports": [{"port": 80, "nodePort": 30080}],
     "externalTrafficPolicy": "Local",
@@ -87,6 +87,7 @@ HINTS: dict[str, tuple[str | None, tuple[str, ...], list[int], list[int]]] = {
     "nobody is for our node nor zone": ("c", ("1 node:node-b zone:a", "2 node:node-c zone:b"), [1, 2], []),
     "one has no hint for nodes, the zone counts": ("a", (f"1 node:{HERE} zone:b", "2 zone:a"), [2], []),
     "one has no hint for nodes, nor for zones": ("a", (f"1 node:{HERE}", "2 zone:a"), [1, 2], []),
+    "two for our node": (None, (f"1 node:{HERE}", f"2 node:{HERE}", "3 node:node-b"), [1, 2], []),
     "for several nodes": (None, (f"1 node:node-b node:{HERE}", "2 node:node-b"), [1], []),
     "our node's one is unready": ("a", (f"1 node:{HERE} zone:a unready", "2 node:node-b zone:a"), [2], []),
     "our node's one drains": ("a", (f"1 node:{HERE} zone:a draining", "2 node:node-b zone:b"), [2], []),
@@ -200,8 +201,11 @@ HEALTH: dict[str, tuple[tuple[str, ...], int]] = {
 
 @pytest.mark.parametrize(("endpoints", "ready"), HEALTH.values(), ids=HEALTH.keys())
 def test_what_a_balancer_is_told(endpoints: tuple[str, ...], ready: int) -> None:
-    balanced = {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000}
-    two_ports = {"clusterIPs": ["10.96.0.10", "fd96::10"], "ports": [{"port": 80}, {"name": "b", "port": 81}]}
+    balanced: dict[str, Any] = {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 32000}
+    two_ports: dict[str, Any] = {
+        "clusterIPs": ["10.96.0.10", "fd96::10"],
+        "ports": [{"port": 80}, {"name": "b", "port": 81}],
+    }
     both = [slice_of(*endpoints, name=f"web-{version}", version=version) for version in (4, 6)]
     state = services(service(**balanced, **two_ports), *both)
     health = state.health(("default", "web"))
