@@ -182,6 +182,7 @@ class Agent:
         if undone:
             self._metrics.repaired("unfinished-add", f"undid {undone} ADDs of the daemon before", undone)
             log.warning("undid %d ADDs that were not finished", undone)
+        await self._thread.run(self._wires.adopt, self._journal.attachments())
         point("start.restored")
 
     def _recall_backend(self) -> None:
@@ -461,6 +462,8 @@ class Agent:
         made = await self._ensure_devices(plan, underlay, resync)
         point("converge.bridge")
         done = list(made)
+        if resync or self.plan is None:
+            done += await self._thread.run(self._wires.ensure_guard)
         known = None if resync or self.plan is None else self.plan.firewall
         if known != plan.firewall and await self._firewall.ensure(plan.firewall, known):
             done.append("changed nft elements or rules")

@@ -19,6 +19,7 @@ from ipam_daemon import health
 from ipam_daemon.agent import Agent
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.delqueue import DelQueue
+from ipam_daemon.guard import SpoofGuard
 from ipam_daemon.held import HeldFile, HeldKeeper
 from ipam_daemon.identity import boot_id, node_id
 from ipam_daemon.inspection import Inspection
@@ -49,7 +50,8 @@ class Daemon:
         self._metrics = metrics = Metrics()
         self._journal = journal = Journal(Path(settings.run_dir) / "journal.db", boot)
         self._thread = thread = NetlinkThread()
-        self._wires = wires = Wires(thread)
+        self._guard = guard = SpoofGuard(thread)
+        self._wires = wires = Wires(thread, guard=guard)
         self._attachments = attachments = Attachments(
             journal=journal, wires=wires, thread=thread, metrics=metrics, cooldown=settings.cooldown
         )

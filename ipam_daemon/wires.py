@@ -27,6 +27,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from ipam_daemon.errors import InterfaceExists, InvalidNetns, PlumbingFailed, TryAgainLater
 from ipam_daemon.faults import point
+from ipam_daemon.guard import SpoofGuard
 from ipam_daemon.model import Address, Attachment, Network, host_mac
 from ipam_daemon.netlink import NetlinkThread, container, container_channel, index_of, naming, tolerating
 from ipam_daemon.plan import BRIDGE, alias_of, attachment_of
@@ -63,9 +64,22 @@ class WireState(Enum):
 class Wires:
     """The wires of this node's pods."""
 
-    def __init__(self, thread: NetlinkThread, bridge: str = BRIDGE) -> None:
+    def __init__(self, thread: NetlinkThread, bridge: str = BRIDGE, guard: SpoofGuard | None = None) -> None:
+        """Without a `guard` a pod may send as anybody."""
         self._thread = thread
         self._bridge = bridge
+        self._guard = guard
+
+    # --- the spoof guard
+
+    def adopt(self, attachments: Iterable[Attachment]) -> None:
+        """Takes the wires of an earlier daemon to be what they are; for the start, before any call is answered."""
+        if self._guard:
+            self._guard.adopt(attachments)
+
+    def ensure_guard(self) -> list[str]:
+        """Brings what guards the wires to what they are. Returns what had to be done, in words."""
+        return self._guard.ensure() if self._guard else []
 
     # --- ADD
 
@@ -79,16 +93,24 @@ class Wires:
         except NetnsError as error:
             raise InvalidNetns(f"CNI_NETNS: {error}") from error
         try:
-            try:
-                self._make(attachment, netns, gateways)
-            except InterfaceExists:
-                if not self._delete_killed():
-                    raise
-                self._make(attachment, netns, gateways)  # a wire that DEL has killed was in the way
+            self._make_anew(attachment, netns, gateways)
+        except BaseException:
+            self._unbind(attachment.host_ifname)
+            raise
         finally:
             os.close(netns)
 
+    def _make_anew(self, attachment: Attachment, netns: int, gateways: Mapping[Network, Address]) -> None:
+        try:
+            self._make(attachment, netns, gateways)
+        except InterfaceExists:
+            if not self._delete_killed():
+                raise
+            self._make(attachment, netns, gateways)  # a wire that DEL has killed was in the way
+
     def _make(self, attachment: Attachment, netns: int, gateways: Mapping[Network, Address]) -> None:
+        if self._guard:
+            self._guard.bind(attachment)  # before it can send
         self._make_pair(attachment, netns)
         try:
             point("add.pair-made")
@@ -189,6 +211,7 @@ class Wires:
         if index:
             with naming(f"taking {host_ifname} down"), tolerating(errno.ENODEV):
                 self._thread.channel.exchange([lower_link(index, DOOMED_GROUP)])
+        self._unbind(host_ifname)
 
     def cut(self, host_ifname: str) -> None:
         """Nothing passes the wire any more, which stays where it is until its DEL. A wire that is gone is fine."""
@@ -219,6 +242,11 @@ class Wires:
         if index:
             with naming(f"deleting {host_ifname}"), tolerating(errno.ENODEV):
                 self._thread.host.link("del", index=index)
+        self._unbind(host_ifname)
+
+    def _unbind(self, host_ifname: str) -> None:
+        if self._guard:
+            self._guard.unbind(host_ifname)
 
     # --- reading back
 
@@ -291,6 +319,8 @@ class Wires:
         link = self._port(attachment.host_ifname)
         if link is None:
             return WireState.GONE
+        if self._guard and not self._guard.is_bound(attachment):
+            self._guard.bind(attachment)  # the journal has taken it in
         named = (link.get("ifalias") or "") == alias_of(attachment)
         if named and not self._port_differences(link, attachment):
             return WireState.FINE

@@ -1,0 +1,243 @@
+"""What a pod may send as: the nft table `bridge podwire` as text, and the elements of each wire in its sets. Pure.
+
+    pod ──▶ port of pw0 ──▶ bridge prerouting, priority -400 ──▶ learning, br_netfilter (0), the node's firewall
+                              │
+            from_pod ─┬─ IPv4 ──▶ v4         port . MAC . saddr ∈ bound4
+                      ├─ IPv6 ──▶ v6         port . MAC . saddr ∈ bound6, or :: while an address is being checked
+                      │            └ ICMPv6 ─▶ v6_bound   no router advertisement or redirect
+                      │                          └ neighbour advertisement ─▶ advert   target ∈ targets6, and the MAC of
+                      │                                                       its option, the only one, ∈ options6
+                      ├─ ARP ───▶ arp_v4     ether saddr and sender's MAC bound, sender's address too (or a probe)
+                      └─ everything else, also what has a VLAN tag, is dropped
+
+Services and policies know a pod by its address, so an address must be what the daemon gave, and not what a pod says. It
+is bound to the port, which the pod cannot choose, and to the MAC that ADD set. The addresses of an attachment are its
+own and the link-local one that its MAC makes (EUI-64, RFC 4291 appendix A); the source `::` passes for duplicate
+address detection of those and for multicast listener reports (RFC 4861, 3810). What is not in a set is dropped: a pod
+whose elements are missing is cut off, and not unguarded. A dropped frame is not learnt from either.
+
+A neighbour advertisement in any other layout than "no option" and "the target's link-layer address alone" is dropped:
+Linux sends no other. It has no extension headers, because it may then be anywhere in the packet. Frames to the reserved
+group addresses (01:80:c2:00:00:0x), which a bridge takes for itself and learns from, are forwarded like others
+(`group_fwd_mask`, ipam_daemon/devices.py), so that they come by here; the few that cannot be are dropped in `input`.
+
+A pod's port is one whose name begins with `pw`, as no other bridge's should. The number of rules is constant, an
+address is one element (of IPv6 two), a MAC is two, and a packet meets three to five rules and one look into a hash
+table. A verdict map is avoided: with maps a packet that is on its way through while the table is exchanged would be
+lost. The table's hash is the comment of a rule, as in ipam_daemon/ruleset.py; a table of another version, or one that
+somebody changed, is exchanged whole, with its elements, in one transaction. nft before 1.0.8 has no name for the
+target of an advertisement, hence `@th,64,128`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from ipam_daemon.model import Address, Attachment
+from ipam_daemon.nfelements import Family, Table, concat, ifname
+
+TABLE = Table(Family.BRIDGE, "podwire")
+REASONS = ("mac", "address", "arp", "neighbor", "router", "vlan", "ethertype", "reserved")
+"""Why a frame is dropped; a label of podwire_spoofed_packets_total."""
+COUNTED = "dropped_"
+"""What a counter's name has before its reason (`arp` and `vlan` alone are words of nft's)."""
+PORT_PREFIX = "pw"
+"""What the names of all wires begin with (plan.plan_attachment). `meta ibrname` would need a module of the kernel."""
+_PRIORITY = -400  # before ebtables' NAT (-300) and connection tracking of bridges (-200), too
+_FROM_POD = f'iifname "{PORT_PREFIX}*"'
+_RESERVED = "ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00"
+_LISTENERS = ("mld-listener-report", "mld-listener-done", "mld2-listener-report")
+_ETHERNET_IPV4 = "arp htype 1 arp ptype ip arp hlen 6 arp plen 4"
+_PORT_SIZE = 16
+
+
+class Field(msgspec.Struct, frozen=True):
+    """A field of a set's key. `type` is nft's, or the expression that it is typed by; `size` is in bytes."""
+
+    type: str
+    size: int
+    text: Callable[[bytes], str]
+
+
+class Element(msgspec.Struct, frozen=True, order=True):
+    """An element of a set of the table. The first field of every key is the port."""
+
+    set: str
+    key: bytes
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """What tells the rules of a table: the hash that they were made from, and how many they are in each chain."""
+
+    mark: str
+    rules: tuple[tuple[str, int], ...]
+
+
+def _port_text(field: bytes) -> str:
+    return f'"{field.rstrip(bytes(1)).decode()}"'
+
+
+def _mac_text(field: bytes) -> str:
+    return field.hex(":")
+
+
+def _address_text(field: bytes) -> str:
+    return str(ipaddress.ip_address(field))
+
+
+def _number_text(field: bytes) -> str:
+    return f"0x{field.hex()}"
+
+
+_PORT, _MAC = Field("ifname", _PORT_SIZE, _port_text), Field("ether_addr", 6, _mac_text)
+_TYPED_PORT = Field("meta iifname", _PORT_SIZE, _port_text)
+_TARGET, _OPTION = Field("@th,64,128", 16, _number_text), Field("@th,208,48", 6, _number_text)
+_BOUND = {4: "bound4", 6: "bound6"}
+
+SETS: dict[str, tuple[Field, ...]] = {
+    "macs": (_PORT, _MAC),
+    "bound4": (_PORT, _MAC, Field("ipv4_addr", 4, _address_text)),
+    "bound6": (_PORT, _MAC, Field("ipv6_addr", 16, _address_text)),
+    "targets6": (_TYPED_PORT, _TARGET),
+    "options6": (_TYPED_PORT, _OPTION),
+}
+"""Set → the fields of its key."""
+
+
+# --- attachment → elements ------------------------------------------------------------------------------------------
+
+
+def elements(attachment: Attachment) -> frozenset[Element]:
+    """What the wire of an attachment may send as."""
+    port, mac = ifname(attachment.host_ifname), bytes.fromhex(attachment.mac.replace(":", ""))
+    found = {Element("macs", concat(port, mac)), Element("options6", concat(port, mac))}
+    for address in (*(interface.ip for interface in attachment.addresses), link_local(attachment.mac)):
+        found.add(Element(_BOUND[address.version], concat(port, mac, address.packed)))
+        if address.version == 6:
+            found.add(Element("targets6", concat(port, address.packed)))
+    return frozenset(found)
+
+
+def link_local(mac: str) -> Address:
+    """The link-local address that an interface makes from its MAC (RFC 4291, appendix A)."""
+    octets = bytes.fromhex(mac.replace(":", ""))
+    identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
+    return ipaddress.IPv6Address(b"\xfe\x80" + bytes(6) + identifier)
+
+
+def port_of(element: Element) -> str:
+    """The port that an element is about."""
+    return element.key[:_PORT_SIZE].rstrip(b"\0").decode()
+
+
+# --- rules ----------------------------------------------------------------------------------------------------------
+
+
+def _drop(reason: str) -> str:
+    return f"counter name {COUNTED}{reason} drop"
+
+
+_HOOKS = {
+    hook: f"{{ type filter hook {hook} priority {_PRIORITY}; policy accept; }}" for hook in ("prerouting", "input")
+}
+
+RULES: dict[str, Sequence[str]] = {
+    "blame": (f"iifname . ether saddr != @macs {_drop('mac')}", _drop("address")),
+    "advert": (
+        "ip6 nexthdr icmpv6 ip6 length 24 iifname . @th,64,128 @targets6 accept",
+        "ip6 nexthdr icmpv6 ip6 length 32 @th,192,16 0x0201 iifname . @th,64,128 @targets6 "
+        "iifname . @th,208,48 @options6 accept",
+        _drop("neighbor"),
+    ),
+    "v6_bound": (
+        "meta l4proto != icmpv6 accept",
+        f"icmpv6 type {{ nd-router-advert, nd-redirect }} {_drop('router')}",
+        "icmpv6 type nd-neighbor-advert goto advert",
+        "accept",
+    ),
+    "v6_unspecified": (
+        f"icmpv6 type {{ {', '.join(_LISTENERS)} }} iifname . ether saddr @macs accept",
+        "icmpv6 type nd-neighbor-solicit iifname . ether saddr @macs iifname . @th,64,128 @targets6 accept",
+        "goto blame",
+    ),
+    "v6": (
+        "iifname . ether saddr . ip6 saddr @bound6 goto v6_bound",
+        "ip6 saddr :: goto v6_unspecified",
+        "goto blame",
+    ),
+    "v4": ("iifname . ether saddr . ip saddr @bound4 accept", "goto blame"),
+    "arp_v4": (
+        f"iifname . ether saddr != @macs {_drop('mac')}",
+        f"{_ETHERNET_IPV4} iifname . arp saddr ether . arp saddr ip @bound4 accept",
+        f"{_ETHERNET_IPV4} arp operation request arp saddr ip 0.0.0.0 iifname . arp saddr ether @macs accept",
+        _drop("arp"),
+    ),
+    "from_pod": (
+        "ether type ip goto v4",
+        "ether type ip6 goto v6",
+        "ether type arp goto arp_v4",
+        f"ether type {{ 0x8100, 0x88a8, 0x9100 }} {_drop('vlan')}",
+        _drop("ethertype"),
+    ),
+    "prerouting": (f"{_FROM_POD} goto from_pod",),
+    "input": (f"{_FROM_POD} {_RESERVED} {_drop('reserved')}",),
+}
+"""Chain → its rules, in an order in which each chain comes before those that go to it."""
+
+
+def render(wanted: Iterable[Element]) -> str:
+    """The nft script, one transaction, that replaces the table by one with these elements."""
+    table = str(TABLE)
+    lines = [f"add table {table}", f"delete table {table}", f"add table {table}"]
+    lines += [f"add counter {table} {COUNTED}{reason}" for reason in REASONS]
+    lines += [f"add set {table} {name} {{ {_declaration(fields)}; }}" for name, fields in SETS.items()]
+    listed: dict[str, list[str]] = {}
+    for element in sorted(wanted):
+        listed.setdefault(element.set, []).append(text(element))
+    lines += [f"add element {table} {name} {{ {', '.join(found)} }}" for name, found in listed.items()]
+    lines += _chains()
+    lines += [f"add chain {table} shape", f'add rule {table} shape counter comment "{shape().mark}"']
+    return "\n".join(lines) + "\n"
+
+
+def text(element: Element) -> str:
+    """An element as nft writes it."""
+    words, at = [], 0
+    for field in SETS[element.set]:
+        words.append(field.text(element.key[at : at + field.size]))
+        at += field.size + -field.size % 4
+    return " . ".join(words)
+
+
+def shape() -> Shape:
+    """The shape that the table has when nobody has changed it."""
+    declared = [f"{name} {_declaration(fields)}" for name, fields in SETS.items()]
+    mark = hashlib.sha256("\n".join([*REASONS, *declared, *_chains()]).encode()).hexdigest()[:16]
+    return Shape(mark, tuple(sorted({**{chain: len(rules) for chain, rules in RULES.items()}, "shape": 1}.items())))
+
+
+def parse_shape(rules: Iterable[tuple[str, str]]) -> Shape:
+    """The shape of a table with these rules, each a chain and a comment."""
+    mark, numbers = "", dict[str, int]()
+    for chain, comment in rules:
+        numbers[chain] = numbers.get(chain, 0) + 1
+        if chain == "shape":
+            mark = comment
+    return Shape(mark, tuple(sorted(numbers.items())))
+
+
+def _chains() -> list[str]:
+    lines = []
+    for chain, rules in RULES.items():
+        lines.append(f"add chain {TABLE} {chain} {_HOOKS.get(chain, '')}".rstrip())
+        lines += [f"add rule {TABLE} {chain} {rule}" for rule in rules]
+    return lines
+
+
+def _declaration(fields: Sequence[Field]) -> str:
+    typed = any("@" in field.type for field in fields)
+    return f"{'typeof' if typed else 'type'} {' . '.join(field.type for field in fields)}"
