@@ -134,7 +134,7 @@ class Follower(Generic[T]):
 
     def _check_history(self, version: str) -> None:
         if self.known.goes_back(version):
-            before = self.known.version
+            before = self.known.reached
             self.known.forget()
             raise Expired(f"resourceVersion went back from {before} to {version}: restored, or another cluster", 410)
 

@@ -17,11 +17,12 @@ from podwire.kube.kinds import Key
 
 
 class Known:
-    """Keys and versions of one kind. `version` is where a watch carries on; empty: nowhere, a list is needed."""
+    """Keys and versions of one kind. `version` is where a watch carries on; empty: nowhere, a list is needed.
+    `reached` is the newest that there ever was."""
 
     def __init__(self) -> None:
         self.version = ""
-        self._reached = ""
+        self.reached = ""
         self._versions: dict[Key, str] = {}
         self._listing: set[Key] | None = None
 
@@ -74,16 +75,16 @@ class Known:
 
     def advance(self, version: str) -> None:
         """Everything up to `version` is known."""
-        self.version = self._reached = version
+        self.version = self.reached = version
 
     def goes_back(self, version: str) -> bool:
         """Whether `version` is before the newest that ever was reached: another history."""
-        return is_before(version, self._reached)
+        return is_before(version, self.reached)
 
     def forget(self) -> None:
         """Every object is news again, whatever its version; what vanished is still found at `finish`."""
         self._versions = dict.fromkeys(self._versions, "")
-        self.version = self._reached = ""
+        self.version = self.reached = ""
 
 
 def is_before(version: str, other: str) -> bool:
