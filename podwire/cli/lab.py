@@ -13,9 +13,12 @@ from typing import NoReturn
 
 import msgspec
 
+from podwire import manifests
 from podwire.errors import PodwireError
-from podwire.lab import cluster, manifests, names, node, process, state
+from podwire.lab import cluster, names, node, process, state
 from podwire.lab.state import LabState
+
+BACKENDS = ("vxlan", "direct", "auto")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,11 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="how many nodes (%(default)s)")
-    parser.add_argument(
-        "--backend", default="vxlan", metavar="BACKEND", help="how nodes reach each other's pods: vxlan"
-    )
+    parser.add_argument("--backend", default="vxlan", metavar="BACKEND",
+                        help="how nodes reach each other's pods: vxlan, direct or auto (%(default)s)")  # fmt: skip
+    parser.add_argument("--segments", type=int, default=1, metavar="N",
+                        help="networks that nodes are on: 1, or 2 with a router between (%(default)s)")  # fmt: skip
     parser.add_argument("--proxy", default="none", metavar="PROXY", help="what programs Services: none")
-    parser.add_argument("--pod-cidr", default="10.244.0.0/16", metavar="CIDR", help="(%(default)s)")
+    parser.add_argument("--pod-cidr", default="10.244.0.0/16", metavar="CIDR[,CIDR]",
+                        help="one network, or one of each family; the underlay has the same (%(default)s)")  # fmt: skip
     parser.add_argument("--service-cidr", default="10.96.0.0/16", metavar="CIDR", help="(%(default)s)")
     parser.add_argument("--etcd", type=int, choices=(1, 3), default=1, help="how many etcd members (%(default)s)")
     parser.add_argument("--kube-apiserver", metavar="PATH", help="a real API server instead of the built-in one")
@@ -102,32 +107,41 @@ def _up(arguments: argparse.Namespace) -> int:
 
 def wanted_lab(arguments: argparse.Namespace) -> LabState:
     """The lab that the flags describe. Raises PodwireError for what there is not, or not yet."""
+    if arguments.backend not in BACKENDS:
+        raise PodwireError(f"--backend {arguments.backend}: expected one of {', '.join(BACKENDS)}")
     for flag, value, known in (
-        ("--backend", arguments.backend, "vxlan"),
         ("--proxy", arguments.proxy, "none"),
         ("--kube-apiserver", arguments.kube_apiserver, None),
     ):
         if value != known:
             instead = f"; there is {known}" if known is not None else ""
             raise PodwireError(f"{flag} {value} is not there yet{instead}")
-    for flag, text in (("--pod-cidr", arguments.pod_cidr), ("--service-cidr", arguments.service_cidr)):
-        try:
-            network = ipaddress.ip_network(text)
-        except ValueError as error:
-            raise PodwireError(f"{flag} {text}: {error}; expected a network such as 10.244.0.0/16") from None
-        if network.version != 4:
-            raise PodwireError(f"{flag} {text}: IPv6 is not there yet; expected a network such as 10.244.0.0/16")
-        if network.overlaps(names.UNDERLAY):
-            raise PodwireError(f"{flag} {text} overlaps the lab's underlay, {names.UNDERLAY}")
+    pod_cidrs = [_network("--pod-cidr", text) for text in arguments.pod_cidr.split(",")]
+    if len({network.version for network in pod_cidrs}) < len(pod_cidrs):
+        raise PodwireError(f"--pod-cidr {arguments.pod_cidr}: expected at most one network of each family")
+    if _network("--service-cidr", arguments.service_cidr).version != 4:
+        raise PodwireError(f"--service-cidr {arguments.service_cidr}: IPv6 is not there yet; expected 10.96.0.0/16")
+    pod_cidr = ",".join(map(str, pod_cidrs))
     return LabState(
         name=arguments.name,
-        nodes=state.plan_nodes(arguments.nodes),
+        nodes=state.plan_nodes(arguments.nodes, pod_cidr, arguments.segments),
         backend=arguments.backend,
         proxy=arguments.proxy,
-        pod_cidr=arguments.pod_cidr,
+        pod_cidr=pod_cidr,
         service_cidr=arguments.service_cidr,
         etcd_members=arguments.etcd,
     )
+
+
+def _network(flag: str, text: str) -> names.Network:
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        raise PodwireError(f"{flag} {text}: {error}; expected a network such as 10.244.0.0/16") from None
+    for underlay in names.UNDERLAYS[network.version]:
+        if network.version == underlay.version and network.overlaps(underlay):
+            raise PodwireError(f"{flag} {text} overlaps the lab's underlay, {underlay}")
+    return network
 
 
 def _apply(arguments: argparse.Namespace) -> int:

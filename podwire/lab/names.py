@@ -5,7 +5,8 @@ lab, and no lab's prefix is another's. Everything that a lab writes is under `/r
 node's mount namespace sees at the same path; what programs keep at fixed paths (NODE_FOLDERS) is there once per node
 and bind-mounted in place.
 
-The underlay is the same private subnet in every lab, since labs cannot see each other.
+The underlay is the same private networks in every lab, since labs cannot see each other: one of each family for
+everything, and a second of each for every other node of a lab of two segments, with a router between.
 """
 
 from __future__ import annotations
@@ -20,12 +21,21 @@ from podwire.errors import PodwireError
 ROOT = Path("/run/podwire-lab")
 NETNS_FOLDER = Path("/run/netns")
 
-UNDERLAY = ipaddress.IPv4Network("172.31.0.0/24")
-CONTROL_ADDRESS = UNDERLAY[2]
-ETCD_ADDRESSES = (UNDERLAY[3], UNDERLAY[4], UNDERLAY[5])  # of the members of a cluster; a single one is in `control`
-OUTSIDE_ADDRESS = UNDERLAY[250]
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+UNDERLAYS: dict[int, tuple[Network, ...]] = {  # family → segments
+    4: (ipaddress.ip_network("172.31.0.0/24"), ipaddress.ip_network("172.31.1.0/24")),
+    6: (ipaddress.ip_network("fd00:172:31::/64"), ipaddress.ip_network("fd00:172:31:1::/64")),
+}
+MAX_SEGMENTS = 2
+_CONTROL, _ETCD, _FIRST_NODE, _OUTSIDE = 2, 2, 10, 250  # hosts of a network; members and nodes are counted from 1
 # What lies beyond the underlay, as the internet does: nodes reach it by their default route, over the outside host.
-BEYOND_ADDRESS = ipaddress.IPv4Address("198.51.100.1")
+BEYOND_ADDRESSES: dict[int, Address] = {
+    4: ipaddress.ip_address("198.51.100.1"),
+    6: ipaddress.ip_address("2001:db8:51::1"),
+}
+BEYOND_ADDRESS = BEYOND_ADDRESSES[4]
 MAX_NODES = 99
 API_PORT = 6443
 ETCD_PORT = 2379
@@ -82,9 +92,35 @@ def node_name(number: int) -> str:
     return f"node{number}"
 
 
-def node_address(number: int) -> ipaddress.IPv4Address:
+def node_address(number: int, family: int = 4, segment: int = 0) -> Address:
     """The underlay address of the node with this number, the first being 1."""
-    return UNDERLAY[10 + number]
+    return UNDERLAYS[family][segment][_FIRST_NODE + number]
+
+
+def control_address(family: int = 4) -> Address:
+    """Where the API server is, and etcd if it has one member."""
+    return UNDERLAYS[family][0][_CONTROL]
+
+
+def etcd_address(number: int, family: int = 4) -> Address:
+    """Where a member of an etcd of several is, the first being 1."""
+    return UNDERLAYS[family][0][_ETCD + number]
+
+
+def outside_address(family: int = 4, segment: int = 0) -> Address:
+    """The host that is no node, which is the router of each segment."""
+    return UNDERLAYS[family][segment][_OUTSIDE]
+
+
+def underlay_of(address: str) -> Network:
+    """The network of the underlay that an address is on."""
+    found = ipaddress.ip_address(address)
+    return next(network for network in UNDERLAYS[found.version] if found in network)
+
+
+def url_host(address: str) -> str:
+    """An address as it is written in a URL."""
+    return f"[{address}]" if ":" in address else address
 
 
 class LabFiles:

@@ -108,17 +108,18 @@ def daemon_config(state: LabState, node: NodeState) -> dict[str, object]:
         "node": node.name,
         "nodeAddresses": list(node.addresses),
         "etcd": {"endpoints": list(state.etcd_endpoints)},
-        "pools": [{"name": "default", "cidr": state.pod_cidr, "blockSize": block_size(state.pod_cidr)}],
+        "pools": [{"cidr": cidr, "blockSize": block_size(cidr)} for cidr in state.pod_cidrs],
         "backend": {"type": state.backend},
         "runDir": str(files.node_path(node.name, "/run/podwire")),
         "stateDir": str(files.node_path(node.name, "/var/lib/podwire")),
-        "httpListen": f"0.0.0.0:{METRICS_PORT}",
+        "httpListen": f"{'[::]' if ':' in node.addresses[0] else '0.0.0.0'}:{METRICS_PORT}",
     }
 
 
 def block_size(pod_cidr: str) -> int:
-    """The prefix length of the nodes' blocks: 24, or less of a pool that has no room for several such."""
-    return max(24, min(ipaddress.ip_network(pod_cidr).prefixlen + 4, 29))
+    """The prefix length of the nodes' blocks: 24 or 64, or less of a pool that has no room for several such."""
+    pool = ipaddress.ip_network(pod_cidr)
+    return max({4: 24, 6: 64}[pool.version], min(pool.prefixlen + 4, pool.max_prefixlen - 3))
 
 
 def install(state: LabState, node: NodeState) -> None:

@@ -46,16 +46,19 @@ class EtcdMember(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def endpoint(self) -> str:
         """Where clients reach it."""
-        return f"http://{self.address}:{names.ETCD_PORT}"
+        return f"http://{names.url_host(self.address)}:{names.ETCD_PORT}"
 
     @property
     def peer_url(self) -> str:
         """Where the other members reach it."""
-        return f"http://{self.address}:{names.ETCD_PORT + 1}"
+        return f"http://{names.url_host(self.address)}:{names.ETCD_PORT + 1}"
 
 
 class LabState(msgspec.Struct, frozen=True, kw_only=True):
-    """A lab as it was asked for. `complete` is False until the first `up` has got through."""
+    """A lab as it was asked for. `complete` is False until the first `up` has got through.
+
+    `pod_cidr` is a network, or one of each family with a comma between; the underlay has the families of the pods.
+    """
 
     name: str
     nodes: tuple[NodeState, ...]
@@ -76,11 +79,27 @@ class LabState(msgspec.Struct, frozen=True, kw_only=True):
     def etcd(self) -> tuple[EtcdMember, ...]:
         """The members of etcd: one in `control`, or several with a namespace each, so that they can be partitioned."""
         if self.etcd_members == 1:
-            return (EtcdMember(name="etcd1", part="control", role="etcd", address=str(names.CONTROL_ADDRESS)),)
+            return (EtcdMember(name="etcd1", part="control", role="etcd", address=self.control_address),)
+        addresses = {n: str(names.etcd_address(n, self.families[0])) for n in range(1, self.etcd_members + 1)}
         return tuple(
-            EtcdMember(name=f"etcd{number}", part=f"etcd{number}", role=f"etcd{number}", address=str(address))
-            for number, address in enumerate(names.ETCD_ADDRESSES[: self.etcd_members], start=1)
+            EtcdMember(name=f"etcd{number}", part=f"etcd{number}", role=f"etcd{number}", address=address)
+            for number, address in addresses.items()
         )
+
+    @property
+    def pod_cidrs(self) -> tuple[str, ...]:
+        """The networks that pods get addresses of, one of each family."""
+        return tuple(self.pod_cidr.split(","))
+
+    @property
+    def families(self) -> tuple[int, ...]:
+        """The families of pods and of the underlay, in the order of `pod_cidr`."""
+        return families(self.pod_cidr)
+
+    @property
+    def control_address(self) -> str:
+        """Where the API server is on the underlay."""
+        return str(names.control_address(self.families[0]))
 
     @property
     def etcd_endpoints(self) -> tuple[str, ...]:
@@ -103,12 +122,24 @@ class LabState(msgspec.Struct, frozen=True, kw_only=True):
         raise PodwireError(f"lab {self.name} has no node {name!r}; it has {', '.join(n.name for n in self.nodes)}")
 
 
-def plan_nodes(count: int) -> tuple[NodeState, ...]:
-    """The nodes of a lab of that size."""
+def families(pod_cidr: str) -> tuple[int, ...]:
+    """The families of the networks in a `pod_cidr`."""
+    return tuple(6 if ":" in cidr else 4 for cidr in pod_cidr.split(","))
+
+
+def plan_nodes(count: int, pod_cidr: str = "10.244.0.0/16", segments: int = 1) -> tuple[NodeState, ...]:
+    """The nodes of a lab of that size, with an address of each family of `pod_cidr`, in turn on each segment."""
     if not 1 <= count <= names.MAX_NODES:
         raise PodwireError(f"a lab has 1 to {names.MAX_NODES} nodes, not {count}")
+    if not 1 <= segments <= names.MAX_SEGMENTS:
+        raise PodwireError(f"a lab has 1 to {names.MAX_SEGMENTS} segments, not {segments}")
     return tuple(
-        NodeState(name=names.node_name(number), addresses=(str(names.node_address(number)),))
+        NodeState(
+            name=names.node_name(number),
+            addresses=tuple(
+                str(names.node_address(number, family, (number - 1) % segments)) for family in families(pod_cidr)
+            ),
+        )
         for number in range(1, count + 1)
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from podwire.lab import cluster, process
+from podwire.lab import cluster, names, process
 from podwire.lab.agent import daemon_status
 from podwire.lab.api.kinds import PODS, SERVICES
 from podwire.lab.node import METRICS_PORT
@@ -59,7 +59,7 @@ def node_status(lab: LabState, node: NodeState) -> Object:
         "cni_bin_dir": str(files.node_path(node.name, "/opt/cni/bin")),
         "cni_conf_dir": str(files.node_path(node.name, "/etc/cni/net.d")),
         "ipamd_socket": str(socket),
-        "metrics": f"http://{node.addresses[0]}:{METRICS_PORT}/metrics",
+        "metrics": f"http://{names.url_host(node.addresses[0])}:{METRICS_PORT}/metrics",
         "ready": bool(said and said.ready),
     }
 

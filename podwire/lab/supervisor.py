@@ -51,12 +51,13 @@ def listen(lab: LabState) -> tuple[list[socket.socket], ApiAddress]:
     descriptor = netns.open_netns(str(lab.netns("control")))
     try:
         with netns.inside(descriptor):
-            inner = socket.create_server((str(names.CONTROL_ADDRESS), names.API_PORT))
+            family = socket.AF_INET6 if ":" in lab.control_address else socket.AF_INET
+            inner = socket.create_server((lab.control_address, names.API_PORT), family=family)
     finally:
         os.close(descriptor)
     outer = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{outer.getsockname()[1]}"
-    return [inner, outer], ApiAddress(url, f"http://{names.CONTROL_ADDRESS}:{names.API_PORT}")
+    return [inner, outer], ApiAddress(url, f"http://{names.url_host(lab.control_address)}:{names.API_PORT}")
 
 
 def node_object(node: NodeState) -> dict[str, object]:

@@ -6,6 +6,9 @@
       ├─ node<n>   eth0 172.31.0.1<n>/24  default route over outside, as over a router
       └─ outside   eth0 172.31.0.250/24   and 198.51.100.1 beyond it, for what leaves the cluster
 
+In a lab with IPv6 the same hosts are on fd00:172:31::/64, and 2001:db8:51::1 is beyond; without IPv4 they are there
+alone. In a lab of two segments every other node is on 172.31.1.0/24 (fd00:172:31:1::/64), and outside is the router.
+
 The outside host has no route to pods: what leaves the cluster comes back only when the node has masqueraded it.
 Three nodes take about 0.1 s.
 """
@@ -22,7 +25,6 @@ from podwire.lab import names
 from podwire.lab.state import LabState
 
 UNDERLAY_MTU = 1500
-_PREFIX = names.UNDERLAY.prefixlen
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -34,22 +36,38 @@ class Host(msgspec.Struct, frozen=True):
 
 def plan_hosts(state: LabState) -> tuple[Host, ...]:
     """Every host on the underlay, with its addresses and routes."""
-    control = Host("control", _host_commands(str(names.CONTROL_ADDRESS)))
-    members = (Host(member.part, _host_commands(member.address)) for member in state.etcd if member.part != "control")
-    beyond = f"address add {names.BEYOND_ADDRESS}/32 dev lo"
-    outside = Host("outside", (*_host_commands(str(names.OUTSIDE_ADDRESS)), beyond))
-    default = f"route add default via {names.OUTSIDE_ADDRESS}"
-    nodes = (Host(node.name, (*_host_commands(node.addresses[0]), default)) for node in state.nodes)
+    families = state.families
+    control = Host("control", _host_commands([str(names.control_address(family)) for family in families]))
+    members = (Host(each.part, _host_commands([each.address])) for each in state.etcd if each.part != "control")
+    routers = [str(names.outside_address(family, number)) for family in families for number in range(segments(state))]
+    beyond = [f"address add {names.BEYOND_ADDRESSES[family]} dev lo" for family in families]
+    outside = Host("outside", (*_host_commands(routers, router=True), *beyond))
+    nodes = (Host(node.name, _host_commands(node.addresses)) for node in state.nodes)
     return (control, *members, *nodes, outside)
 
 
-def _host_commands(address: str) -> tuple[str, ...]:
-    return ("link set lo up", f"address add {address}/{_PREFIX} dev eth0", "link set eth0 up")
+def segments(state: LabState) -> int:
+    """How many networks of a family the nodes are on."""
+    return len({names.underlay_of(node.addresses[0]) for node in state.nodes})
+
+
+def _host_commands(addresses: Sequence[str], *, router: bool = False) -> tuple[str, ...]:
+    """Nobody else has the addresses, so there is no wait for that to be found out."""
+    commands = ["link set lo up", "link set eth0 up"]
+    for address in addresses:
+        network = names.underlay_of(address)
+        nodad = " nodad" if network.version == 6 else ""
+        commands.append(f"address add {address}/{network.prefixlen} dev eth0{nodad}")
+    if not router:
+        networks = [names.underlay_of(address) for address in addresses]
+        gateways = [names.outside_address(n.version, names.UNDERLAYS[n.version].index(n)) for n in networks]
+        commands += [f"route add default via {gateway}" for gateway in gateways]
+    return tuple(commands)
 
 
 def plan_underlay(lab: str, hosts: Sequence[Host]) -> tuple[str, ...]:
     """The `ip` commands that make the switch and the hosts' links. A port is called as the part that it leads to."""
-    bridge = "link add br0 type bridge nf_call_iptables 0 nf_call_ip6tables 0 nf_call_arptables 0"
+    bridge = "link add br0 type bridge nf_call_iptables 0 nf_call_ip6tables 0 nf_call_arptables 0 mcast_snooping 0"
     commands = [bridge, f"link set br0 mtu {UNDERLAY_MTU} up", "link set lo up"]
     for host in hosts:
         peer = f"peer name eth0 mtu {UNDERLAY_MTU} netns {names.namespace(lab, host.part)}"
@@ -67,6 +85,17 @@ def build(state: LabState) -> None:
     _batch(names.namespace(state.name, "underlay"), plan_underlay(state.name, hosts))
     for host in hosts:
         _batch(names.namespace(state.name, host.part), host.commands)
+    if segments(state) > 1:
+        outside = names.namespace(state.name, "outside")
+        run(["ip", "netns", "exec", outside, "sh", "-c", _ROUTE])
+
+
+# A router, which tells nobody of a shorter way: all segments are on one switch, and hosts would go round it.
+_ROUTE = """\
+echo 1 >/proc/sys/net/ipv4/ip_forward
+echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
+for each in all eth0; do echo 0 >/proc/sys/net/ipv4/conf/$each/send_redirects; done
+"""
 
 
 def _batch(namespace: str, commands: Sequence[str]) -> None:
