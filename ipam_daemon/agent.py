@@ -6,8 +6,8 @@
 
 Membership (agree on the configuration, take the name, claim a block, publish the record) is tried until it succeeds;
 the node works without it as far as its journal goes, so a daemon that is restarted while etcd is away adds pods at
-once, in the blocks that the journal remembers, over the routes that the kernel still has. Nothing that the kernel holds
-of other nodes is removed before etcd has said once who they are.
+once, in the blocks that the journal remembers, over the routes that the kernel still has (after a reboot: none, until
+etcd says who the others are). Nothing that the kernel holds of other nodes is removed before etcd has said that.
 
 A task that dies takes the daemon with it: a daemon that limps on without its watch is worse than one that restarts.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 
@@ -43,6 +43,7 @@ from ipam_daemon.supply import short_of
 from ipam_daemon.underlay import Underlay, UnderlayWatch, default_addresses, find_underlay
 from ipam_daemon.wires import Wires
 from podwire.errors import TryAgain
+from podwire.etcd import EtcdUnavailable
 
 _CONVERGED = "converged"  # in the journal: the kernel has the routes to the peers, perhaps from an earlier daemon
 _BACKEND = "backend"  # in the journal: what the cluster's was when etcd was last heard
@@ -50,6 +51,10 @@ _SEEN = "etcd"  # in the journal: how far etcd has come, so that a restored one 
 _FIRST_RETRY, _LAST_RETRY = 0.2, 5.0
 
 log = logging.getLogger(__name__)
+
+
+async def _kept_nowhere() -> bool:
+    return True
 
 
 class Agent:
@@ -89,6 +94,7 @@ class Agent:
         self._generation = 1
         self._records: Mapping[str, NodeRecord] | None = None
         self._blocks: tuple[Block, ...] = ()
+        self._alone = False  # etcd did not answer: pods need not wait for the routes to other nodes
         self._converging = asyncio.Lock()
         self._changed = asyncio.Event()
         self._entered = asyncio.Event()
@@ -100,8 +106,11 @@ class Agent:
             use=self._use_blocks,
             limit=settings.max_blocks,
             idle_s=settings.block_idle,
+            keep=lambda: self.keep_blocks(),
         )
         """Claims and returns blocks."""
+        self.keep_blocks: Callable[[], Awaitable[bool]] = _kept_nowhere
+        """Writes down for after a reboot which blocks are the node's; whether it could."""
         attachments.more = self.keeper.more
         attachments.allocator.families = settings.families
         self.plan: NodePlan | None = None
@@ -275,6 +284,9 @@ class Agent:
             except (TryAgain, PoolExhausted) as error:
                 self._attachments.waiting_for = str(error)
                 log.warning("joining the cluster waits: %s", error)
+                if isinstance(error, EtcdUnavailable) and not self._alone:
+                    self._alone = True
+                    self._changed.set()
             await asyncio.sleep(delay)
             delay = min(2 * delay, _LAST_RETRY)
 
@@ -338,6 +350,7 @@ class Agent:
         self._attachments.use_blocks(blocks)
         if await self._attachments.fence():
             log.error("pods sit in a block that went to another node; they are cut off, and no pod is added")
+        await self.keep_blocks()
 
     async def _claim_block(self, pool: Pool) -> Block:
         block = await self._registry.claim_block(pool, self._settings.node, self._node_id, self._generation)
@@ -485,7 +498,7 @@ class Agent:
         self.plan = plan
         if plan.peers is not None:
             self._journal.set_meta(_CONVERGED, "yes")
-        if self._journal.meta(_CONVERGED):
+        if self._alone or self._journal.meta(_CONVERGED):
             self._attachments.mtu = plan.mtu
         if resized:
             await self._attachments.resize(plan.mtu)

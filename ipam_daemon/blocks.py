@@ -1,7 +1,8 @@
 """The node's blocks: claimed before they run short, returned when they have long been empty (ipam_daemon/supply.py).
 
     claim    etcd ─▶ journal ─▶ peers are told ─▶ the bridge has the gateway ─▶ addresses are handed out
-    return   addresses are no longer handed out ─▶ journal ─▶ peers are told ─▶ the bridge loses the gateway ─▶ etcd
+    return   addresses are no longer handed out ─▶ journal ─▶ peers are told ─▶ the bridge loses the gateway
+             ─▶ what outlives a reboot is written ─▶ etcd
 
 In both directions nobody has an address that the node does not hold, and no two nodes ever hold one block. An ADD that
 finds nothing free waits for a claim that is possible, briefly: with etcd away it gets "try again later" soon; when the
@@ -48,16 +49,19 @@ class BlockKeeper:
         use: UseBlocks,
         limit: int,
         idle_s: float,
+        keep: Callable[[], Awaitable[bool]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`claim` claims a block for this node; `use` makes journal, peers and kernel say that these are the node's
-        blocks; `limit` is the most blocks of a pool; `idle_s` is how long a block must be empty to be returned."""
+        blocks; `limit` is the most blocks of a pool; `idle_s` is how long a block must be empty to be returned; `keep`
+        writes down for after a reboot which blocks are the node's, and says whether it could."""
         self._registry = registry
         self._attachments = attachments
         self._claim = claim
         self._use = use
         self._limit = limit
         self._idle_s = idle_s
+        self._keep = keep
         self._clock = clock
         self._config = ClusterConfig()
         self._owned: list[Block] = []
@@ -156,6 +160,8 @@ class BlockKeeper:
             await self._use(self._owned)
             self._settled = True
         while self._to_release:
+            if not await self._keep():
+                return  # after a power cut the block would be used again, when somebody else may have it
             block = self._to_release[0]
             await self._registry.release_block(block)
             point("block.released")

@@ -68,6 +68,7 @@ class Daemon:
             metrics=metrics,
         )
         self._held = HeldKeeper(HeldFile(state_dir / "held.json"), journal, attachments, settings.cooldown)
+        self._agent.keep_blocks = self._held.keep
         self._queue = DelQueue(settings.queue_dir, attachments, metrics, boot)
         self._reconciler = Reconciler(journal, attachments, metrics)
         self._calls = CniService(attachments, metrics, self._agent.not_ready)

@@ -131,6 +131,7 @@ class NodeUnderTest(RuleBasedStateMachine):
             use=use,
             limit=4,
             idle_s=0,
+            keep=held.keep,
             clock=lambda: self.engine.now,
         )
         self.held = held

@@ -6,11 +6,13 @@ A ping and a stream of a pod run through every fault but those that end the pods
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +21,11 @@ import pytest
 import yaml
 
 from ipam_daemon import journal
+from ipam_daemon.model import Block, encode
+from ipam_daemon.registry import ROOT
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
+from podwire.v1.agent_pb2 import BlockStatus
 from tests.netns.containers import Answer, Container, at_once, containers, on_node, pod_links, status
 from tests.netns.traffic import Traffic, traffic
 
@@ -433,6 +438,112 @@ def test_after_a_reboot_addresses_of_the_time_before_are_not_reused_at_once(
             disks.kill()
             on_node(disks.lab, "node1", "umount", kernels)
             disks.restart()
+
+
+@contextmanager
+def rebooted(disks: Disks, pods: list[Container], boot_id: Path, meanwhile: Callable[[], None]) -> Iterator[None]:
+    """A power cut and another boot, with etcd away from before the daemon starts until after the block.
+
+    `meanwhile` happens to etcd while the node is off.
+    """
+    boot_id.write_text(f"{uuid.uuid4()}\n")
+    kernels = "/proc/sys/kernel/random/boot_id"
+    disks.kill()
+    for each in disks.run.glob("journal.db*"):  # /run is memory
+        each.unlink()
+    lose_namespaces(disks, pods)
+    meanwhile()
+    etcd = process.recorded(disks.lab.files, cluster.ETCD)
+    assert etcd is not None
+    etcd.kill()
+    assert etcd.wait_gone(PATIENCE)
+    assert on_node(disks.lab, "node1", "mount", "--bind", str(boot_id), kernels).returncode == 0
+    try:
+        yield
+    finally:
+        cluster.start_etcd(disks.lab)
+        disks.kill()
+        on_node(disks.lab, "node1", "umount", kernels)
+        disks.restart()
+
+
+def written_down(disks: Disks) -> bool:
+    """Whether the file for after a reboot has the node's blocks."""
+    return all(f'"{block.cidr}"' in (disks.state / "held.json").read_text() for block in blocks(disks))
+
+
+def blocks(disks: Disks) -> list[BlockStatus]:
+    return list(status(disks.lab, "node1").blocks)
+
+
+@pytest.mark.fault(
+    "reboot while etcd is away",
+    promises=("ADD and DEL go on in the node's blocks", ONCE, FREE, "the other nodes are reached once etcd is back"),
+)
+def test_after_a_power_cut_pods_start_before_etcd_is_back(
+    disks: Disks, tmp_path: Path, record_property: Record
+) -> None:
+    lab = disks.lab
+    with containers(lab, "node1", "w", 4) as boxes, containers(lab, "node2", "x", 1) as (peer,):
+        far = peer.call("ADD").address
+        before = [box.call("ADD").address for box in boxes]
+        held = disks.state / "held.json"
+        process.wait_for(lambda: f'"{before[-1]}"' in held.read_text(), PATIENCE, "the addresses to be written down")
+        assert written_down(disks)
+        had = [each.cidr for each in blocks(disks)]
+        with rebooted(disks, boxes, tmp_path / "boot_id", lambda: None):
+            began = time.monotonic()
+            node.start_daemon(lab, "node1")
+            after = [add_again(boxes[0], record_property, began), *(box.call("ADD").address for box in boxes[1:])]
+            assert set(after).isdisjoint(before)
+            assert [each.cidr for each in blocks(disks)] == had
+            assert boxes[0].run("ping", "-c1", "-W2", after[1]).returncode == 0
+            assert boxes[3].call("DEL").code == 0
+            cluster.start_etcd(lab)
+            process.wait_for(lambda: status(lab, "node1").peers == 1, PATIENCE, "the other node")
+            assert boxes[0].run("ping", "-c1", "-W2", far).returncode == 0
+            assert [each.cidr for each in blocks(disks)] == had
+            at_once([partial(box.call, "DEL") for box in (*boxes, peer)])
+            wait_empty(disks)
+
+
+@pytest.mark.fault(
+    "reboot while etcd is away, the node was forgotten meanwhile",
+    promises=("who has the block keeps it", "pods in it are cut off once etcd is back", "ADD works when they are gone"),
+)
+def test_a_block_that_went_to_another_during_a_power_cut_is_given_up(
+    disks: Disks, tmp_path: Path, record_property: Record
+) -> None:
+    lab = disks.lab
+    process.wait_for(lambda: written_down(disks), PATIENCE, "the blocks to be written down")
+    (lost,) = [each.cidr for each in blocks(disks)]
+    etcdctl = partial(on_node, lab, "node2", "env", "ETCDCTL_API=3", "etcdctl", "--endpoints", lab.etcd_endpoints[0])
+    taken = Block(cidr=ipaddress.ip_network(lost), pool="default", node="other", node_id="id-other", generation=1)
+
+    def give_away() -> None:
+        """What `node forget` and another node's claim leave behind."""
+        for key in ("nodes/node1", "live/node1", f"blocks/{lost}"):
+            assert etcdctl("del", ROOT + key).returncode == 0
+        etcdctl("put", f"{ROOT}forgotten/node1", '{"at": 1}')
+        assert etcdctl("put", f"{ROOT}blocks/{lost}", encode(taken).decode()).returncode == 0
+
+    with containers(lab, "node1", "y", 2) as (first, second), rebooted(disks, [], tmp_path / "boot_id", give_away):
+        node.start_daemon(lab, "node1")
+        address = add_again(first, lambda *_: None, time.monotonic())
+        assert ipaddress.ip_address(address) in ipaddress.ip_network(lost), "nobody could know"
+        back = time.monotonic()
+        cluster.start_etcd(lab)
+        process.wait_for(lambda: second.call("STATUS").error == 51, PATIENCE, "the node to find out")
+        assert second.call("ADD").error == 11
+        assert first.run("ping", "-c1", "-W1", str(ipaddress.ip_network(lost)[1])).returncode != 0, "it is cut off"
+        assert first.call("DEL").code == 0
+        fresh = add_again(second, record_property, back)
+        assert ipaddress.ip_address(fresh) not in ipaddress.ip_network(lost)
+        assert f'"{lost}"' not in (disks.state / "held.json").read_text()
+        assert b"id-other" in etcdctl("get", "--print-value-only", f"{ROOT}blocks/{lost}").stdout.encode()
+        assert second.call("DEL").code == 0
+        wait_empty(disks)
+    etcdctl("del", f"{ROOT}blocks/{lost}")
 
 
 @pytest.mark.fault(
