@@ -80,6 +80,7 @@ class Services:
         self._cluster_ips: dict[Address, int] = {}
         self._service_cidrs: dict[str, tuple[Network, ...]] = {}
         self._problems: dict[tuple[str, Key], tuple[Problem, ...]] = {}
+        self._told: tuple[Problem, ...] | None = None
         self._dirty: set[Key] = set()
         self._changed: dict[PortKey, PortPlan | None] = {}
         self._changed_health: dict[Key, Health | None] = {}
@@ -197,19 +198,28 @@ class Services:
         return tuple(network for same in by_version for network in collapse(same))
 
     def problems(self) -> tuple[Problem, ...]:
-        """All that is passed over, and every place that more than one Service asks for; sorted."""
+        """All that is passed over, and every place that more than one Service asks for; sorted.
+
+        Costs nothing while none of it can have changed.
+        """
+        if self._told is not None:
+            return self._told
         found = [problem for problems in self._problems.values() for problem in problems]
         for place, first, others in self._claims.contested():
             found += [_lost(place, other, first) for other in others]
-        return tuple(sorted(found))
+        self._told = tuple(sorted(found))
+        return self._told
 
     # --- Between ------------------------------------------------------------------------------------------------
 
     def _note(self, kind: str, key: Key, problems: tuple[Problem, ...]) -> None:
+        if self._problems.get((kind, key), ()) == problems:
+            return
+        self._told = None
         if problems:
             self._problems[kind, key] = problems
         else:
-            self._problems.pop((kind, key), None)
+            del self._problems[kind, key]
 
     def _set_offer(self, key: Key, offer: Offer | None) -> None:
         entry = self._entries.get(key)
@@ -218,6 +228,7 @@ class Services:
             return
         entry = self._entry(key)
         entry.offer = offer
+        self._told = None
         self._dirty.add(entry.key)
         self._dirty |= self._claims.replace(old, offer)
         for address in offer.cluster_ips if offer else ():
