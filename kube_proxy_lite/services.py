@@ -13,7 +13,7 @@ happens when somebody asks (`changed`, `plan`, `plans`, `health`), once for all 
 costs what that Service has of endpoints: nothing loops over the cluster, but a new zone or address of the node itself,
 which passes over Services without hints for zones or source ranges. What is set again as it was costs its reading.
 Measured: 50,000 slices of three endpoints decoded, read and planned with their Services in 2 s; 10,000 Services of
-three endpoints take about 20 MB.
+three endpoints take 24 MB, and a change of one 0.1 ms (4 ms where it has 10,000 endpoints).
 
 Slices may come before their Service, and be left by it. A Service that has another type now is another offer: places
 that it no longer asks for go to whoever else does.
