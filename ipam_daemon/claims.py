@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from ipam_daemon.model import Address, Block, ClusterConfig, Network, NodeRecord, Pool, encode
+from ipam_daemon.model import Address, Backend, Block, ClusterConfig, Network, NodeRecord, Pool, encode
 from podwire.config import ConfigError
 from podwire.errors import PodwireError, TryAgain
 
@@ -200,6 +200,15 @@ def check_same(ours: ClusterConfig, theirs: ClusterConfig, where: str) -> None:
             f"{field} is {_text(mine)} in this node's configuration, but {_text(other)} in the cluster's ({where}): "
             f"set it to {_text(other)} here; to change the cluster, stop every daemon and delete that key"
         )
+
+
+def wrong_backend(backend: Backend) -> str:
+    """What no backend can be, in words; empty when all is well."""
+    if not 1 <= backend.port <= 65535:
+        return f"backend.port is {backend.port}, expected 1 to 65535"
+    if not 1 <= backend.vni < 1 << 24:
+        return f"backend.vni is {backend.vni}, expected 1 to 16777215"
+    return ""
 
 
 def _difference(path: str, ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from ipam_daemon.claims import wrong_backend
 from ipam_daemon.model import Address, Backend, Network, Pool, from_plain
 from ipam_daemon.plan import LEAST_MTU
 from podwire.config import ConfigError, load
@@ -71,10 +72,9 @@ def _first_wrong(settings: Settings) -> str:
         wrong = _wrong_pool(pool, settings.pools[:number])
         if wrong:
             return f"pools[{number}].{wrong}"
-    if not 1 <= settings.backend.port <= 65535:
-        return f"backend.port is {settings.backend.port}, expected 1 to 65535"
-    if not 1 <= settings.backend.vni < 1 << 24:
-        return f"backend.vni is {settings.backend.vni}, expected 1 to 16777215"
+    wrong = wrong_backend(settings.backend)
+    if wrong:
+        return wrong
     least = LEAST_MTU[max(pool.cidr.version for pool in settings.pools)]
     if settings.mtu and not least <= settings.mtu <= 65535:
         return f"mtu is {settings.mtu}, expected {least} to 65535, or 0 to follow the underlay"

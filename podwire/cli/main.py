@@ -21,6 +21,7 @@ COMMANDS = {
     "etcd-role": "print the etcdctl commands that give a node's daemon its role",
     "status": "what the daemon of this node says about itself",
     "ipam": "what etcd, journal, kernel and runtime say about this node, side by side",
+    "cluster": "what holds for all nodes; change how they reach each other's pods",
     "node": "the nodes of the cluster; forget one that is gone for good",
 }
 

@@ -7,26 +7,20 @@ which credentials, is in the configuration of the daemon of this node, unless fl
 from __future__ import annotations
 
 import argparse
-import asyncio
 import datetime
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Sequence
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from ipam_daemon import nodes, settings
+from ipam_daemon import nodes
 from ipam_daemon.nodes import NodeView
 from podwire.cli.agent import add_output
-from podwire.errors import PodwireError
-from podwire.etcd import EtcdOptions, EtcdSession
-
-CONFIG = Path("/etc/podwire/ipamd.yaml")
-T = TypeVar("T")
+from podwire.cli.etcd import add_etcd, options, with_etcd
+from podwire.etcd import EtcdOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,71 +34,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forget.add_argument("name", metavar="NAME")
     forget.add_argument("--yes", action="store_true", help="do not ask")
     for verb in (listing, forget):
-        verb.add_argument(
-            "--config",
-            type=Path,
-            default=CONFIG,
-            metavar="FILE",
-            help="a daemon's configuration (default: %(default)s)",
-        )
-        verb.add_argument(
-            "--etcd", action="append", metavar="ENDPOINT", help="instead of the configuration's; may be given again"
-        )
-        verb.add_argument(
-            "--cacert", default="", metavar="FILE", help="with --etcd: the server's certificate authority"
-        )
-        verb.add_argument("--cert", default="", metavar="FILE", help="with --etcd: the client's certificate")
-        verb.add_argument("--key", default="", metavar="FILE", help="with --etcd: its private key")
-        verb.add_argument("--user", default="", metavar="NAME", help="with --etcd: an etcd user")
-        verb.add_argument("--password-file", default="", metavar="FILE", help="with --etcd: the user's password")
+        add_etcd(verb)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Does what the verb says. Returns its exit code. Raises PodwireError."""
-    options = _options(arguments)
+    where = options(arguments)
     if arguments.verb == "list":
-        found = _with_etcd(options, nodes.list_nodes)
+        found = with_etcd(where, nodes.list_nodes)
         if arguments.output == "json":
             print(json.dumps([plain(each) for each in found], indent=2))
         else:
             _print(found)
         return 0
-    return _forget(options, arguments.name, sure=arguments.yes)
+    return _forget(where, arguments.name, sure=arguments.yes)
 
 
-def _options(arguments: argparse.Namespace) -> EtcdOptions:
-    if not arguments.etcd:
-        return settings.read(arguments.config).etcd
-    try:
-        return EtcdOptions(
-            endpoints=tuple(arguments.etcd),
-            ca=arguments.cacert,
-            cert=arguments.cert,
-            key=arguments.key,
-            user=arguments.user,
-            password_file=arguments.password_file,
-        )
-    except ValueError as error:
-        raise PodwireError(str(error)) from error
-
-
-def _with_etcd(options: EtcdOptions, act: Callable[[EtcdSession], Awaitable[T]]) -> T:
-    async def whole() -> T:
-        async with EtcdSession(options) as session:
-            return await act(session)
-
-    return asyncio.run(whole())
-
-
-def _forget(options: EtcdOptions, name: str, *, sure: bool) -> int:
-    views = {each.name: each for each in _with_etcd(options, nodes.list_nodes)}
+def _forget(where: EtcdOptions, name: str, *, sure: bool) -> int:
+    views = {each.name: each for each in with_etcd(where, nodes.list_nodes)}
     if not sure and name in views:
         blocks = ", ".join(str(block.cidr) for block in views[name].blocks) or "no block"
         print(f"{name} has {blocks}. Its pods, if any still run, lose their addresses to others.", file=sys.stderr)
         if not sys.stdin.isatty() or input(f"Forget {name}? [y/N] ").strip().lower() not in ("y", "yes"):
             print("nothing was done; --yes answers yes", file=sys.stderr)
             return 1
-    released = _with_etcd(options, lambda session: nodes.forget(session, name))
+    released = with_etcd(where, lambda session: nodes.forget(session, name))
     print(f"forgot {name}")
     for block in released:
         print(f"released {block.cidr} of pool {block.pool}")

@@ -50,10 +50,12 @@ def _print(status: agent_pb2.GetStatusResponse, attachments: list[agent_pb2.Atta
     state = "ready" if status.ready else "not ready: " + "; ".join(status.reasons)
     etcd = "connected" if status.etcd.connected else f"not connected: {status.etcd.error}"
     console.print(f"{status.node} ({', '.join(status.addresses)}), podwire {status.version}: {state}", highlight=False)
-    console.print(f"etcd {etcd}; {status.peers} peers; pods get MTU {status.mtu}", highlight=False)
+    console.print(f"etcd {etcd}; {status.peers} peers, by {status.backend}; pods get MTU {status.mtu}", highlight=False)
     console.print(f"{status.waiting_dels} DELs wait; {status.releasing_wires} wires are being deleted", highlight=False)
     if status.obstacle:
         console.print(f"no further block: {status.obstacle}", highlight=False, markup=False)
+    for note in status.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
     blocks = Table("BLOCK", "POOL", "USED", "RELEASING", "COOLING", "RESERVED", "FREE", box=None)
     for block in status.blocks:
         counts = (block.used, block.releasing, block.cooling, block.reserved, block.free)
