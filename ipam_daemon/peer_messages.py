@@ -35,7 +35,7 @@ ROUTE_PROTOCOL = 80
 """rtm_protocol of our routes (rtnetlink(7)); `ip route show proto 80` lists them. Not in iproute2's rt_protos."""
 
 _ERROR, _DONE, _NEWROUTE, _DELROUTE, _GETROUTE, _NEWNEIGH, _DELNEIGH, _GETNEIGH = 2, 3, 24, 25, 26, 28, 29, 30
-_REQUEST, _ACK, _DUMP, _REPLACE, _CREATE, _INTERRUPTED = 0x1, 0x4, 0x300, 0x100, 0x400, 0x10
+_REQUEST, _ACK, _DUMP, _REPLACE, _EXCL, _CREATE, _INTERRUPTED = 0x1, 0x4, 0x300, 0x100, 0x200, 0x400, 0x10
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _ATTRIBUTE = struct.Struct("=HH")  # nlattr: length, type
 _NEIGHBOUR = struct.Struct("=BxHiHBB")  # ndmsg: family, index, state, flags, type
@@ -46,7 +46,7 @@ _WAY = struct.Struct("=BI")  # of a route's value: flags, interface index
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY = 1, 4, 5, 6
 _PERMANENT, _SELF, _ONLINK = 0x80, 0x02, 0x04  # NUD_PERMANENT, NTF_SELF, RTNH_F_ONLINK
-_TABLE_MAIN, _SCOPE_UNIVERSE, _SCOPE_NOWHERE, _UNICAST = 254, 0, 255, 1
+_TABLE_MAIN, _SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_NOWHERE, _UNICAST = 254, 0, 253, 255, 1
 _METRIC = {socket.AF_INET: 0, socket.AF_INET6: 1024}  # of a route that was added without one
 _FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}  # by the length of a packed address
 _GET_STRICT_CHECK, _SOL_NETLINK = 12, 270
@@ -123,6 +123,23 @@ def set_route(network: bytes, way: bytes) -> Message:
     )
     body += _attribute(_RTA_DST, network[1:]) + _attribute(_RTA_GATEWAY, way[_WAY.size :])
     return Message(_NEWROUTE, _CREATE | _REPLACE, body + _attribute(_RTA_OIF, _U32.pack(index)), "route")
+
+
+def reach_gateway(way: bytes) -> tuple[Message, Message]:
+    """Makes the gateway of an IPv6 way on-link by a host route of its own, and undoes that.
+
+    Linux refuses an on-link gateway that another route of the table leads to over another device, unless it is the
+    default route (EINVAL, ip6_route_check_nh_onlink). Replacing a direct route to a block by one over a VTEP inside
+    that very block is such a case.
+    """
+    _, index = _WAY.unpack_from(way)
+    gateway = way[_WAY.size :]
+    length = 8 * len(gateway)
+    body = _ROUTE.pack(
+        _FAMILY[len(gateway)], length, 0, 0, _TABLE_MAIN, ROUTE_PROTOCOL, _SCOPE_LINK, _UNICAST, 0
+    ) + _attribute(_RTA_DST, gateway)
+    made = Message(_NEWROUTE, _CREATE | _EXCL, body + _attribute(_RTA_OIF, _U32.pack(index)), "route")
+    return made, delete_route(bytes((length,)) + gateway, way)
 
 
 def delete_route(network: bytes, way: bytes) -> Message:

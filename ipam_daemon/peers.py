@@ -22,7 +22,9 @@ import errno
 import ipaddress
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
 
 from ipam_daemon import peer_messages as messages
 from ipam_daemon.errors import PlumbingFailed
@@ -108,8 +110,8 @@ class Peers:
         failures: list[str] = []
         changed = sum(
             (
-                self._update(self._neighbours, self._neighbour_messages, _address_name, failures),
-                self._update(self._fdb, self._fdb_messages, _mac_name, failures),
+                self._update(self._neighbours, self._set_neighbour, _address_name, failures),
+                self._update(self._fdb, self._set_fdb, _mac_name, failures),
                 self._update_routes(failures),
                 self._delete(self._routes, messages.delete_route, _route_name, failures),
                 self._delete(self._fdb, lambda mac, _: messages.delete_fdb(index, mac), _mac_name, failures),
@@ -121,6 +123,7 @@ class Peers:
                 ),
             )
         )
+        self._doubled &= {mac for mac, _ in self._fdb.pending_updates()}
         if failures:
             more = f" (and {len(failures) - _TOLD} more)" if len(failures) > _TOLD else ""
             raise PlumbingFailed("; ".join(failures[:_TOLD]) + more)
@@ -145,52 +148,65 @@ class Peers:
 
     # --- sending
 
-    def _neighbour_messages(self, address: bytes, mac: bytes) -> Sequence[Message]:
-        return (messages.set_neighbour(self._index, address, mac),)
+    def _set_neighbour(self, address: bytes, mac: bytes) -> _Change:
+        return _Change(messages.set_neighbour(self._index, address, mac))
 
-    def _fdb_messages(self, mac: bytes, underlay: bytes) -> Sequence[Message]:
+    def _set_fdb(self, mac: bytes, underlay: bytes) -> _Change:
         """To replace one of several destinations would leave the others."""
-        made = messages.set_fdb(self._index, mac, underlay)
-        return (messages.delete_fdb(self._index, mac), made) if mac in self._doubled else (made,)
+        before = (messages.delete_fdb(self._index, mac),) if mac in self._doubled else ()
+        return _Change(messages.set_fdb(self._index, mac, underlay), before=before)
+
+    def _set_route(self, key: bytes, way: bytes) -> _Change:
+        gateway, index, onlink = messages.unpack_way(way)
+        if not index:
+            raise _NotYet("its device is gone")
+        if onlink and gateway is not None and gateway.packed not in self._neighbours.actual:
+            raise _NotYet(f"its gateway {gateway} has no neighbour entry yet")
+        return _Change(messages.set_route(key, way))
+
+    def _set_route_again(self, key: bytes, way: bytes) -> _Change:
+        change, (gateway, _, onlink) = self._set_route(key, way), messages.unpack_way(way)
+        if not onlink or gateway is None or gateway.version == 4:
+            return change
+        before, after = messages.reach_gateway(way)
+        return _Change(change.message, before=(before,), after=(after,))
 
     def _update_routes(self, failures: list[str]) -> int:
         """Those whose VTEP the kernel does not know yet stay pending."""
-        known = self._neighbours.actual
-
-        def send(key: bytes, way: bytes) -> Sequence[Message]:
-            gateway, index, onlink = messages.unpack_way(way)
-            if not index:
-                raise _NotYet("its device is gone")
-            if onlink and gateway is not None and gateway.packed not in known:
-                raise _NotYet(f"its gateway {gateway} has no neighbour entry yet")
-            return (messages.set_route(key, way),)
-
-        return self._update(self._routes, send, _route_name, failures)
+        refused: list[str] = []
+        changed = self._update(self._routes, self._set_route, _route_name, refused)
+        if refused:
+            refused.clear()
+            changed += self._update(self._routes, self._set_route_again, _route_name, refused)
+        failures += refused
+        return changed
 
     def _update(
         self,
         tracker: _Tracker,
-        messages_of: Callable[[bytes, bytes], Sequence[Message]],
+        change_of: Callable[[bytes, bytes], _Change],
         name: Callable[[bytes], str],
         failures: list[str],
     ) -> int:
         """Sends what is to be added or changed, and confirms what the kernel did not refuse."""
         sent: list[Message] = []
-        last: dict[int, tuple[bytes, bytes]] = {}  # place of the message that decides → the entry
+        places: dict[int, tuple[bytes, bytes]] = {}
         for key, value in tracker.pending_updates():
             try:
-                sent += messages_of(key, value)
+                change = change_of(key, value)
             except _NotYet as reason:
                 failures.append(f"{name(key)}: {reason}")
-            else:
-                last[len(sent) - 1] = (key, value)
+                continue
+            sent += change.before
+            places[len(sent)] = (key, value)
+            sent += (change.message, *change.after)
         failed = self._thread.bulk.carry_out(sent) if sent else {}
-        for place, (key, value) in last.items():
+        for place, (key, value) in places.items():
             if place in failed:
                 failures.append(_told(name(key), failed[place]))
             else:
                 tracker.set_actual(key, value)
-        return sum(place not in failed for place in last)
+        return sum(place not in failed for place in places)
 
     def _delete(
         self,
@@ -213,6 +229,14 @@ class Peers:
         if not index:
             raise PlumbingFailed(f"{self._device} is gone")
         return index
+
+
+class _Change(msgspec.Struct, frozen=True):
+    """The message that makes an entry, with what goes before and after it, which may fail."""
+
+    message: Message
+    before: tuple[Message, ...] = ()
+    after: tuple[Message, ...] = ()
 
 
 class _NotYet(Exception):
