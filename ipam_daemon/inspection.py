@@ -153,7 +153,8 @@ class Inspection:
         plan = self._agent.plan
         sysctls = {} if plan is None else wanted_sysctls(plan.bridge)
         etcd, etcd_error = await self._registered()
-        kernel = await read_kernel(self._thread, self._firewall, sysctls)
+        pools = () if plan is None else plan.bridge.pools
+        kernel = await read_kernel(self._thread, self._firewall, sysctls, pools)
         facts = Facts(
             now=time.time(),
             record=self._agent.record,

@@ -15,18 +15,20 @@ from typing import Any
 from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.facts import Kernel, Link
 from ipam_daemon.firewall import Firewall
-from ipam_daemon.model import Interface
+from ipam_daemon.model import Interface, Network
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.peers import Peers
 from ipam_daemon.plan import PeersPlan
 from ipam_daemon.wires import DOOMED_GROUP
 
 
-async def read_kernel(thread: NetlinkThread, firewall: Firewall, sysctls: Iterable[str]) -> Kernel:
-    """What the kernel has. `sysctls` are paths below /proc/sys. Raises PlumbingFailed."""
+async def read_kernel(
+    thread: NetlinkThread, firewall: Firewall, sysctls: Iterable[str], pools: Iterable[Network] = ()
+) -> Kernel:
+    """What the kernel has. `sysctls` are paths below /proc/sys, `pools` the cluster's. Raises PlumbingFailed."""
     return Kernel(
         links=await thread.run(_links, thread),
-        peers=await thread.run(_peers, thread),
+        peers=await thread.run(_peers, thread, tuple(pools)),
         firewall=await firewall.read(),
         sysctls=await thread.run(_sysctls, tuple(sysctls)),
     )
@@ -67,9 +69,9 @@ def _link(link: Any, master: str, addresses: frozenset[Interface]) -> Link:
     )
 
 
-def _peers(thread: NetlinkThread) -> PeersPlan:
+def _peers(thread: NetlinkThread, pools: Iterable[Network]) -> PeersPlan:
     with contextlib.suppress(PlumbingFailed):  # without the device there are none
-        return Peers(thread).read()
+        return Peers(thread, pools=pools).read()
     return PeersPlan(neighbours={}, fdb={}, routes={})
 
 
