@@ -66,6 +66,8 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
                         help="one network, or one of each family; the underlay has the same (%(default)s)")  # fmt: skip
     parser.add_argument("--service-cidr", default="10.96.0.0/16", metavar="CIDR", help="(%(default)s)")
     parser.add_argument("--etcd", type=int, choices=(1, 3), default=1, help="how many etcd members (%(default)s)")
+    text = "certificates for etcd's members and for each node, of an authority of the lab's own"
+    parser.add_argument("--etcd-tls", action="store_true", help=text)
     parser.add_argument("--kube-apiserver", metavar="PATH", help="a real API server instead of the built-in one")
     parser.add_argument("-f", dest="manifests", action="append", default=[], metavar="MANIFEST",
                         help="apply this and wait for its pods; may be given again")  # fmt: skip
@@ -130,6 +132,7 @@ def wanted_lab(arguments: argparse.Namespace) -> LabState:
         pod_cidr=pod_cidr,
         service_cidr=arguments.service_cidr,
         etcd_members=arguments.etcd,
+        etcd_tls=arguments.etcd_tls,
     )
 
 

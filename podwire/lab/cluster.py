@@ -20,7 +20,7 @@ import msgspec
 
 from podwire import manifests
 from podwire.errors import PodwireError
-from podwire.lab import names, node, process, state, topology
+from podwire.lab import certificates, names, node, process, state, topology
 from podwire.lab.api.client import Client
 from podwire.lab.api.kinds import CONFIG_MAPS, DEPLOYMENTS, PODS, REPLICA_SETS, SECRETS
 from podwire.lab.api.kubeconfig import kubeconfig
@@ -69,6 +69,8 @@ def _build(lab: LabState, say: Say) -> None:
     for each in lab.nodes:
         node.start_holder(lab, each)
     say("etcd and API server")
+    if lab.etcd_tls:
+        certificates.make(lab)
     start_etcd(lab)
     start_supervisor(lab)
     for each in lab.nodes:
@@ -139,6 +141,9 @@ def start_etcd(lab: LabState) -> None:
             peer_port=ETCD_PORT + 1,
             prefix=("nsenter", f"--net={lab.netns(member.part)}", "--"),
             members={each.name: each.peer_url for each in lab.etcd},
+            options=certificates.member_options(lab, member.name) if lab.etcd_tls else (),
+            tls=lab.etcd_tls,
+            peer_tls=lab.etcd_tls,
         )
         process.start(lab.files, member.role, server.command())
 

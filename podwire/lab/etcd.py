@@ -41,6 +41,7 @@ class EtcdServer:
     prefix       put before the command, such as ("ip", "netns", "exec", "pw-lab-etcd")
     members      name → peer URL of every member, this one included; empty for a cluster of one
     options      further etcd options
+    tls          clients, peer_tls other members, are to use https; the certificates are in the options
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class EtcdServer:
         members: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
         tls: bool = False,
+        peer_tls: bool = False,
         dies_with_parent: bool = False,
     ) -> None:
         self.folder = folder
@@ -66,6 +68,7 @@ class EtcdServer:
         self._members = dict(members or {})
         self._options = tuple(options)
         self._scheme = "https" if tls else "http"
+        self._peer_scheme = "https" if peer_tls else "http"
         self._dies_with_parent = dies_with_parent
         self._choose = client_port == 0 or peer_port == 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -168,7 +171,7 @@ class EtcdServer:
 
     def command(self) -> tuple[str, ...]:
         """What is executed."""
-        peer = self._url("http", self.peer_port)
+        peer = self._url(self._peer_scheme, self.peer_port)
         members = self._members or {self.name: peer}
         dying = ("setpriv", "--pdeathsig", "KILL", "--") if self._dies_with_parent else ()
         return (

@@ -19,7 +19,7 @@ import yaml
 
 from podwire import install as installation
 from podwire.errors import PodwireError
-from podwire.lab import names, process
+from podwire.lab import certificates, names, process
 from podwire.lab.process import Process
 from podwire.lab.state import LabState, NodeState
 
@@ -104,10 +104,11 @@ def enter_command(state: LabState, node: str, netns: Path | None = None) -> list
 def daemon_config(state: LabState, node: NodeState) -> dict[str, object]:
     """The daemon's configuration. Paths are the machine's, so that they are the same from every mount namespace."""
     files = state.files
+    papers = certificates.client(certificates.node_folder(state, node)) if state.etcd_tls else {}
     return {
         "node": node.name,
         "nodeAddresses": list(node.addresses),
-        "etcd": {"endpoints": list(state.etcd_endpoints)},
+        "etcd": {"endpoints": list(state.etcd_endpoints)} | papers,
         "pools": [{"cidr": cidr, "blockSize": block_size(cidr)} for cidr in state.pod_cidrs],
         "backend": {"type": state.backend},
         "runDir": str(files.node_path(node.name, "/run/podwire")),
@@ -127,6 +128,8 @@ def install(state: LabState, node: NodeState) -> None:
     files = state.files
     cni_bin_dir = files.node_path(node.name, "/opt/cni/bin")
     config = files.node_path(node.name, "/etc/podwire") / "ipamd.yaml"
+    if state.etcd_tls:
+        certificates.give(state, node)
     config.write_text(yaml.safe_dump(daemon_config(state, node), sort_keys=False))
     loopback = _DEBIAN_PLUGINS / "loopback"
     if loopback.exists():  # containerd asks for it by name

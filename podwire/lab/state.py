@@ -42,16 +42,17 @@ class EtcdMember(msgspec.Struct, frozen=True, kw_only=True):
     part: str
     role: str
     address: str
+    scheme: str = "http"
 
     @property
     def endpoint(self) -> str:
         """Where clients reach it."""
-        return f"http://{names.url_host(self.address)}:{names.ETCD_PORT}"
+        return f"{self.scheme}://{names.url_host(self.address)}:{names.ETCD_PORT}"
 
     @property
     def peer_url(self) -> str:
         """Where the other members reach it."""
-        return f"http://{names.url_host(self.address)}:{names.ETCD_PORT + 1}"
+        return f"{self.scheme}://{names.url_host(self.address)}:{names.ETCD_PORT + 1}"
 
 
 class LabState(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +68,7 @@ class LabState(msgspec.Struct, frozen=True, kw_only=True):
     pod_cidr: str = "10.244.0.0/16"
     service_cidr: str = "10.96.0.0/16"
     etcd_members: int = 1
+    etcd_tls: bool = False
     id: str = msgspec.field(default_factory=lambda: uuid.uuid4().hex)
     complete: bool = False
 
@@ -78,11 +80,13 @@ class LabState(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def etcd(self) -> tuple[EtcdMember, ...]:
         """The members of etcd: one in `control`, or several with a namespace each, so that they can be partitioned."""
+        scheme = "https" if self.etcd_tls else "http"
         if self.etcd_members == 1:
-            return (EtcdMember(name="etcd1", part="control", role="etcd", address=self.control_address),)
+            only = EtcdMember(name="etcd1", part="control", role="etcd", address=self.control_address, scheme=scheme)
+            return (only,)
         addresses = {n: str(names.etcd_address(n, self.families[0])) for n in range(1, self.etcd_members + 1)}
         return tuple(
-            EtcdMember(name=f"etcd{number}", part=f"etcd{number}", role=f"etcd{number}", address=address)
+            EtcdMember(name=f"etcd{number}", part=f"etcd{number}", role=f"etcd{number}", address=address, scheme=scheme)
             for number, address in addresses.items()
         )
 
