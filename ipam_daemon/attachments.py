@@ -1,7 +1,8 @@
 """ADD, DEL, CHECK and GC: the one place where allocator, journal and kernel change together.
 
-    ADD   lock(key) ─▶ allocate ─▶ journal: intent ─▶ wire ─▶ journal: commit ─▶ answer
-    DEL   tombstone ─▶ lock(key) ─▶ kill the wire ─▶ journal: releasing ─▶ answer   …   reap ─▶ cooling ─▶ free
+    ADD   lock(key) ─▶ allocate ─▶ journal: intent ─▶ wire ─▶ ports of the node ─▶ journal: commit ─▶ answer
+    DEL   tombstone ─▶ lock(key) ─▶ kill the wire ─▶ ports of the node ─▶ journal: releasing ─▶ answer
+          …   reap ─▶ cooling ─▶ free
 
 The lock of an attachment spans all of it, rollback included. A DEL leaves its mark (a tombstone with the moment it was
 issued) before it waits for the lock, so an ADD in flight that was issued earlier sees it and undoes itself, and one
@@ -19,12 +20,12 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
 
-from ipam_daemon import cni
+from ipam_daemon import bandwidth, cni, hostports
 from ipam_daemon.allocator import Allocator, BlockUse
 from ipam_daemon.cni import Call
 from ipam_daemon.errors import (
@@ -37,10 +38,19 @@ from ipam_daemon.errors import (
     TryAgainLater,
 )
 from ipam_daemon.faults import point
+from ipam_daemon.hostport_table import HostPorts
 from ipam_daemon.identity import boottime
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
-from ipam_daemon.model import Address, Attachment, AttachmentKey, AttachmentState, Block, Interface, Network
+from ipam_daemon.model import (
+    Address,
+    Attachment,
+    AttachmentKey,
+    AttachmentState,
+    Block,
+    Interface,
+    Network,
+)
 from ipam_daemon.netlink import NetlinkThread, index_of
 from ipam_daemon.plan import gateways, is_same_wire, plan_attachment
 from ipam_daemon.turns import Turns
@@ -66,8 +76,9 @@ class Attachments:
         metrics: Metrics,
         cooldown: float,
         clock: Callable[[], float] = boottime,
+        nft: Sequence[str] = ("nft",),
     ) -> None:
-        """`clock` gives the seconds since boot, which nobody sets; `cooldown` is in seconds."""
+        """`clock` gives the seconds since boot, which nobody sets; `cooldown` is in seconds. `nft` is HostPorts'."""
         self._journal = journal
         self._wires = wires
         self._thread = thread
@@ -76,6 +87,7 @@ class Attachments:
         self._clock = clock
         self._allocator = Allocator()
         self._gateways: Mapping[Network, Address] = {}
+        self._host_ports = HostPorts(thread, journal, self._with_host_ports, nft)
         self._turns = Turns()
         self._to_reap = asyncio.Event()
         self._reaping = asyncio.Lock()
@@ -161,6 +173,7 @@ class Attachments:
                 raise InterfaceExists(
                     f"{call.key} is attached already, with {', '.join(map(str, existing.addresses))}; DEL comes first"
                 )
+            await self._host_ports.refuse_listened(call.wanted.port_mappings)
             attachment = await self._intend_patiently(call)
             point("add.intended")
             try:
@@ -173,6 +186,7 @@ class Attachments:
                 await self._release(attachment)
                 self._refuse_if_deleted(call)
             point("add.wired")
+            await self._open_host_ports(attachment)
             attached = await self._commit(attachment)
             point("add.committed")
         log.info("added", extra={"fields": _fields(attached)})
@@ -298,6 +312,8 @@ class Attachments:
             await self._thread.run(self._wires.cut, attachment.host_ifname)
         self.fenced = len(stranded)
         return self.fenced
+        if any(each.port_mappings for each in stranded):
+            await self._host_ports.ensure()
 
     # --- wires that the journal does not know
 
@@ -315,7 +331,8 @@ class Attachments:
             if row is not None and is_same_wire(wire, row) and not await self._thread.run(index_of, row.host_ifname):
                 await self._thread.run(self._wires.rename, wire.host_ifname, row.host_ifname)
                 return f"gave {wire.host_ifname} its name {row.host_ifname} back"
-            if row is None and not self._turns.is_buried(wire.key, wire.created_ns) and self._adopt(wire):
+            lost = row is None and not self._turns.is_buried(wire.key, wire.created_ns)
+            if lost and self._adopt(await self._thread.run(self._wires.recall, wire)):
                 if self._is_stranded(wire):
                     await self._thread.run(self._wires.cut, wire.host_ifname)
                     self.fenced = len(self.stranded())
@@ -328,11 +345,24 @@ class Attachments:
     async def orphans(self) -> tuple[Attachment, ...]:
         """Wires that the kernel has, and the journal has not, as their aliases describe them."""
         found = await self._thread.run(self._wires.found, time.time())
-        known = {each.host_ifname for each in self._journal.attachments()}
-        known |= {each.host_ifname for each in self._journal.releasing()}
+        known = self._names()
         return tuple(each for each in found if each.host_ifname not in known)
 
     def _adopt(self, wire: Attachment) -> bool:
+    async def sweep(self) -> tuple[str, ...]:
+        """Deletes what is left of wires that are gone. Returns their names."""
+        strays = await self._thread.run(self._wires.strays, self._names())
+        for name in strays:
+            await self._thread.run(self._wires.kill, name)
+            self._journal.condemn(name)
+            self._to_reap.set()
+        return strays
+
+    def _names(self) -> set[str]:
+        """The wires that the journal knows."""
+        names = {each.host_ifname for each in self._journal.attachments()}
+        return names | {each.host_ifname for each in self._journal.releasing()}
+
         """Journals the wire, and so takes its addresses. False when one of them is another's, and nothing changes."""
         held = {each.ip for row in self._journal.attachments() for each in row.addresses}
         held |= {each.ip for row in self._journal.releasing() for each in row.addresses}
@@ -399,8 +429,37 @@ class Attachments:
                 await self._release(attachment)
                 undone += 1
         return undone
+        try:
+            await self.mend_host_ports()
+        except CniError as error:
+            log.warning("ports of the node are not as they should be yet: %s", error)
 
     # --- steps
+    # --- ports of the node
+
+    async def mend_host_ports(self) -> int:
+        """Brings the ports of the node that lead to pods to what the journal says. Returns how much had to be done."""
+        return await self._host_ports.ensure()
+
+    def _with_host_ports(self) -> list[Attachment]:
+        """Those whose ports lead to them; not to a pod whose address is another node's by now."""
+        return [
+            each
+            for each in self._journal.attachments()
+            if each.port_mappings and not (self.fenced and self._is_stranded(each))
+        ]
+
+    async def _open_host_ports(self, attachment: Attachment) -> None:
+        if not attachment.port_mappings:
+            return
+        try:
+            with self._metrics.phase("ADD", "hostports"):
+                await self._host_ports.open(attachment)
+        except Exception:
+            await self._release(attachment)
+            raise
+        point("add.host-ports-open")
+
 
     async def _intend_patiently(self, call: Call) -> Attachment:
         """Waits for another block when there is no address, as often as others were quicker to take what came."""
@@ -421,8 +480,14 @@ class Attachments:
         attachment = plan_attachment(call, addresses, self.mtu, time.time())
         try:
             with self._metrics.phase("ADD", "journal"):
+            hostports.check_families(attachment.port_mappings, addresses)
+            bandwidth.check_bursts(attachment.bandwidth, self.mtu)
+            self._host_ports.refuse_taken(attachment.port_mappings)
                 self._journal.intend(attachment)
         except sqlite3.Error as error:
+        except CniError:
+            self._allocator.give_back(addresses)
+            raise
             self._allocator.give_back(addresses)
             raise TryAgainLater(f"the journal cannot be written: {error}") from error
         return attachment
@@ -451,6 +516,10 @@ class Attachments:
             await self._thread.run(self._wires.kill, attachment.host_ifname)
         point("del.killed")
         with self._metrics.phase("DEL", "journal"):
+        if attachment.port_mappings:
+            with self._metrics.phase("DEL", "hostports"):
+                await self._host_ports.close(attachment)
+            point("del.host-ports-closed")  # nothing may wait from here on: ensure() would open them again
             self._journal.release(attachment)
         self._allocator.release(self._known(attachment.addresses))
         self.changed.set()

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from ipam_daemon import bandwidth, hostports
 from ipam_daemon.errors import (
     CniError,
     IncompatibleVersion,
@@ -26,7 +27,16 @@ from ipam_daemon.errors import (
     UnsupportedField,
     code_of,
 )
-from ipam_daemon.model import Address, Attachment, AttachmentKey, Network, PodRef, host_mac
+from ipam_daemon.model import (
+    Address,
+    Attachment,
+    AttachmentKey,
+    Bandwidth,
+    Network,
+    PodRef,
+    PortMapping,
+    host_mac,
+)
 
 VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
 DEFAULT_ROUTE = {4: "0.0.0.0/0", 6: "::/0"}
@@ -90,6 +100,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     mac: str | None = None
 
 
+class RuntimeConfig(Request, frozen=True, kw_only=True):
+    """`runtimeConfig`: what the runtime asks for by the capabilities that a configuration says it has."""
+
+    port_mappings: tuple[hostports.Entry, ...] | None = msgspec.field(name="portMappings", default=None)
+    bandwidth: bandwidth.Limits | None = None
+
+
 class Args(msgspec.Struct, frozen=True, kw_only=True):
     """The `args` of a configuration, as far as they follow the conventions."""
 
@@ -110,8 +127,12 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
         name="cni.dev/valid-attachments", default=None
     )
     attachments: tuple[ValidAttachment, ...] | None = msgspec.field(name="cni.dev/attachments", default=None)
-    runtime: Request | None = msgspec.field(name="runtimeConfig", default=None)
+    runtime: RuntimeConfig | None = msgspec.field(name="runtimeConfig", default=None)
     args: Args | None = None
+    ingress_rate: int | None = msgspec.field(name="ingressRate", default=None)
+    ingress_burst: int | None = msgspec.field(name="ingressBurst", default=None)
+    egress_rate: int | None = msgspec.field(name="egressRate", default=None)
+    egress_burst: int | None = msgspec.field(name="egressBurst", default=None)
 
 
 class LeastConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,10 +143,13 @@ class LeastConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """What an ADD asks for by name: addresses, at most one of a family, and a MAC; empty for whatever is free."""
+    """What an ADD asks for by name: addresses, at most one of a family, and a MAC; empty for whatever is free. And
+    ports of the node, and limits."""
 
     addresses: tuple[Address, ...] = ()
     mac: str = ""
+    port_mappings: tuple[PortMapping, ...] = ()
+    bandwidth: Bandwidth = Bandwidth()
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,7 +265,7 @@ def _pod(pairs: Mapping[str, str]) -> PodRef:
 
 def _wanted(config: NetworkConfig, pairs: Mapping[str, str]) -> Wanted:
     """What is asked for: `runtimeConfig` goes before `args.cni`, and that before CNI_ARGS, for each of the two."""
-    runtime = config.runtime or Request()
+    runtime = config.runtime or RuntimeConfig()
     conventional = (config.args and config.args.cni) or Request()
     by_name = tuple(filter(None, pairs.get("IP", "").split(",")))
     ips = (
@@ -259,7 +283,18 @@ def _wanted(config: NetworkConfig, pairs: Mapping[str, str]) -> Wanted:
     addresses = tuple(_wanted_address(where, text) for text in chosen)
     if len({address.version for address in addresses}) < len(addresses):
         raise _wish_error(where, f"{', '.join(chosen)}, expected at most one address of a family")
-    return Wanted(addresses=addresses, mac=_wanted_mac(source, mac) if mac else "")
+    own = bandwidth.Limits(
+        ingress_rate=config.ingress_rate,
+        ingress_burst=config.ingress_burst,
+        egress_rate=config.egress_rate,
+        egress_burst=config.egress_burst,
+    )
+    return Wanted(
+        addresses=addresses,
+        mac=_wanted_mac(source, mac) if mac else "",
+        port_mappings=hostports.parse(runtime.port_mappings or ()),
+        bandwidth=bandwidth.parse(own, runtime.bandwidth),
+    )
 
 
 def _wanted_address(where: str, text: str) -> Address:

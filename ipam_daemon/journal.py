@@ -8,6 +8,7 @@ costs 40–60 µs, and so runs on the event loop.
 The tables, one row per …
 
     attachment   (network, container id, interface) that ADD made or is making; `body` is the Attachment as JSON
+    host_port    port of the node that leads to one of these; it goes with its row, and so is another's at once
     releasing    host interface that DEL has taken down and whose deletion is not yet seen
     cooling      address that is not to be reused before `until`, in seconds since boot: a wall clock may jump
     block        block of this node, so that pods start while etcd is away
@@ -37,6 +38,9 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS attachment (
     network TEXT, container_id TEXT, ifname TEXT, body BLOB NOT NULL,
     PRIMARY KEY (network, container_id, ifname)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS host_port (
+    protocol TEXT, port INTEGER, host_ip TEXT, network TEXT, container_id TEXT, ifname TEXT,
+    PRIMARY KEY (protocol, port, host_ip)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS releasing (host_ifname TEXT PRIMARY KEY, addresses TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS cooling (address TEXT PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS block (cidr TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
@@ -81,7 +85,7 @@ class Journal:
         self.begun = self.meta("boot_id") != boot_id
         if self.begun:
             with self._transaction():
-                for table in ("attachment", "releasing", "cooling", "meta"):
+                for table in ("attachment", "host_port", "releasing", "cooling", "meta"):
                     self._db.execute(f"DELETE FROM {table}")
                 self.set_meta("boot_id", boot_id)
 
@@ -130,15 +134,17 @@ class Journal:
     # --- attachments
 
     def intend(self, attachment: Attachment) -> None:
-        """Records that a wire is about to be made. Raises sqlite3.IntegrityError when the key has a row."""
+        """Records that a wire is about to be made. Raises sqlite3.IntegrityError when the key has a row, or one of its
+        ports of the node is another's."""
         with self._transaction():
             self._insert(attachment)
             point("journal.intending")
             self.set_meta("last", ",".join(str(each.ip) for each in attachment.addresses))
 
     def adopt(self, attachment: Attachment) -> None:
-        """Records a wire that was found in the kernel when the journal was lost."""
-        self._insert(attachment)
+        """Records a wire that was found in the kernel when the journal was lost. Raises as `intend` does."""
+        with self._transaction():
+            self._insert(attachment)
 
     def commit(self, attachment: Attachment) -> Attachment:
         """Records that the wire is made, and returns the attachment as it now stands."""
@@ -166,7 +172,18 @@ class Journal:
 
     def forget(self, key: AttachmentKey) -> None:
         """Removes the row of an ADD that made no wire."""
-        self._db.execute("DELETE FROM attachment WHERE network = ? AND container_id = ? AND ifname = ?", _row_key(key))
+        for table in ("host_port", "attachment"):  # in this order: what is left in between is undone by the row
+            self._db.execute(
+                f"DELETE FROM {table} WHERE network = ? AND container_id = ? AND ifname = ?", _row_key(key)
+            )
+
+    def claimants(self, protocol: str, port: int) -> tuple[tuple[Address | None, AttachmentKey], ...]:
+        """Who has a port of the node, at which of its addresses (None: all)."""
+        rows = self._db.execute(
+            "SELECT host_ip, network, container_id, ifname FROM host_port WHERE protocol = ? AND port = ?",
+            (protocol, port),
+        ).fetchall()
+        return tuple((ipaddress.ip_address(text) if text else None, AttachmentKey(*key)) for text, *key in rows)
 
     # --- on the way out
 
@@ -255,7 +272,12 @@ class Journal:
             raise
 
     def _insert(self, attachment: Attachment) -> None:
-        self._db.execute("INSERT INTO attachment VALUES (?, ?, ?, ?)", (*_row_key(attachment.key), encode(attachment)))
+        key = _row_key(attachment.key)
+        self._db.execute("INSERT INTO attachment VALUES (?, ?, ?, ?)", (*key, encode(attachment)))
+        self._db.executemany(
+            "INSERT INTO host_port VALUES (?, ?, ?, ?, ?, ?)",
+            [(each.protocol, each.host_port, str(each.host_ip or ""), *key) for each in attachment.port_mappings],
+        )
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -118,16 +118,13 @@ class FirewallPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NodePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that the kernel of this node should hold, apart from the pods' own wires, which get `mtu`.
-
-    `direct` says that packets of pods may come and go by the underlay itself.
-    """
+    """Everything that the kernel of this node should hold, apart from the pods' own wires, which get `mtu`."""
 
     bridge: BridgePlan
     vxlan: VxlanPlan
     peers: PeersPlan | None
     firewall: FirewallPlan
-    direct: bool = False
+    backend: BackendType = BackendType.VXLAN
 
     @property
     def mtu(self) -> int:
@@ -189,7 +186,7 @@ def plan_node(
             vteps=None if others is None else frozenset(address for peer in others for address in peer.addresses),
             vxlan_port=config.backend.port,
         ),
-        direct=config.backend.type is not BackendType.VXLAN,
+        backend=config.backend.type,
     )
 
 
@@ -280,6 +277,8 @@ def plan_attachment(call: Call, addresses: tuple[Interface, ...], mtu: int, now:
         mtu=mtu,
         addresses=addresses,
         pod=call.pod,
+        port_mappings=call.wanted.port_mappings,
+        bandwidth=call.wanted.bandwidth,
         created=now,
         created_ns=call.issued_ns,
     )
@@ -300,16 +299,18 @@ def mac_of(address: Address) -> str:
 
 
 def alias_of(attachment: Attachment) -> str:
-    """The alias of the host's interface: who it belongs to and which addresses it has. Empty when it would not fit."""
+    """The alias of the host's interface: whose it is, which addresses it has, and its MAC when that was asked for by
+    name. Empty when it would not fit."""
     addresses = ",".join(map(str, attachment.addresses))
-    alias = f"podwire {attachment.key} {addresses} {attachment.created_ns}"
+    asked = "" if attachment.mac == mac_of(attachment.addresses[0].ip) else f" {attachment.mac}"
+    alias = f"podwire {attachment.key} {addresses} {attachment.created_ns}{asked}"
     return alias if len(alias.encode()) <= ALIAS_LIMIT else ""
 
 
 def attachment_of(alias: str, host_ifname: str, mtu: int, now: float) -> Attachment | None:
     """The attachment that an alias describes, None when the alias is not ours. Its netns is not known."""
     try:
-        mark, key, addresses, created_ns = alias.split(" ")
+        mark, key, addresses, created_ns, *asked = alias.split(" ")
         network, container_id, ifname = key.split("/")
         interfaces = tuple(ipaddress.ip_interface(each) for each in addresses.split(","))
         created = int(created_ns)
@@ -321,7 +322,7 @@ def attachment_of(alias: str, host_ifname: str, mtu: int, now: float) -> Attachm
         key=AttachmentKey(network, container_id, ifname),
         netns="",
         host_ifname=host_ifname,
-        mac=mac_of(interfaces[0].ip),
+        mac=asked[0] if asked else mac_of(interfaces[0].ip),
         mtu=mtu,
         addresses=interfaces,
         state=AttachmentState.ATTACHED,

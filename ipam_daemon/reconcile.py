@@ -8,6 +8,8 @@ A wire of ours that the journal does not know was somebody's when the journal wa
 it is taken in, or deleted when its attachment or its address is another's (Attachments.settle). One that only has
 another name gets its own back at once, before it would count as missed.
 
+Ports of the node that lead to pods are brought to what the journal says, and queues whose wire is gone are deleted.
+
 An attachment that is still being added while nobody holds its lock is one whose ADD failed and could not be undone (a
 full disk, say): it is removed. The journal's own file is looked after first.
 """
@@ -56,6 +58,7 @@ class Reconciler:
             self._metrics.repaired("journal", "wrote the journal's file again, which was gone")
             log.error("the journal's file was gone; it is written again")
         await self._sweep()
+        await self._look_at_ports_and_queues()
         moment = boottime_ns()
         missed = set()
         for attachment in self._journal.attachments():
@@ -94,6 +97,20 @@ class Reconciler:
                 self._metrics.repaired("orphan-wire", done)
                 log.warning("found a wire that the journal does not know: %s", done)
         self._strays = frozenset(wire.host_ifname for wire in orphans)
+
+    async def _look_at_ports_and_queues(self) -> None:
+        """Ports of the node that lead to pods, and ifb devices of wires that are gone."""
+        try:
+            changed = await self._attachments.mend_host_ports()
+            strays = await self._attachments.sweep()
+        except (CniError, sqlite3.Error) as error:
+            self._failed("ports of the node and queues", error)
+            return
+        if changed:
+            self._metrics.repaired("host-ports", f"changed {changed} rules and elements for ports of the node", changed)
+            log.warning("ports of the node did not lead where they should; mended")
+        if strays:
+            self._metrics.repaired("orphan-queue", f"deleted the queues of {', '.join(strays)}", len(strays))
 
     def _failed(self, link: str, error: Exception) -> None:
         self._metrics.repairs.labels("failed").inc()

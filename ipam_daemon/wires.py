@@ -23,11 +23,14 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
+import msgspec
 from pyroute2.netlink.exceptions import NetlinkError
 
 from ipam_daemon.errors import InterfaceExists, InvalidNetns, PlumbingFailed, TryAgainLater
 from ipam_daemon.faults import point
 from ipam_daemon.guard import SpoofGuard
+from ipam_daemon.hostport_table import read_table
+from ipam_daemon.hostports import mappings_of
 from ipam_daemon.model import Address, Attachment, Network, host_mac
 from ipam_daemon.netlink import NetlinkThread, container, container_channel, index_of, naming, tolerating
 from ipam_daemon.plan import BRIDGE, alias_of, attachment_of
@@ -45,6 +48,7 @@ from ipam_daemon.rtnl import (
     set_mtu,
     set_port,
 )
+from ipam_daemon.shaper import Shaper
 from podwire.netns import NetnsError, open_netns
 
 DOOMED_GROUP = 0x70770DED
@@ -68,6 +72,7 @@ class Wires:
         """Without a `guard` a pod may send as anybody."""
         self._thread = thread
         self._bridge = bridge
+        self._shaper = Shaper(thread)
         self._guard = guard
 
     # --- the spoof guard
@@ -114,6 +119,8 @@ class Wires:
         self._make_pair(attachment, netns)
         try:
             point("add.pair-made")
+            self._shaper.limit(attachment)
+            point("add.limited")
             self._configure_container(attachment, netns, gateways)
             point("add.pod-configured")
             self._configure_port(attachment)
@@ -208,9 +215,11 @@ class Wires:
     def kill(self, host_ifname: str) -> None:
         """Nothing passes the wire any more when this returns; `reap` deletes it. A wire that is gone is fine."""
         index = index_of(host_ifname)
-        if index:
+        steps = [lower_link(index, DOOMED_GROUP)] if index else []
+        steps += self._shaper.doom(host_ifname, DOOMED_GROUP)
+        if steps:
             with naming(f"taking {host_ifname} down"), tolerating(errno.ENODEV):
-                self._thread.channel.exchange([lower_link(index, DOOMED_GROUP)])
+                self._thread.channel.exchange(steps)
         self._unbind(host_ifname)
 
     def cut(self, host_ifname: str) -> None:
@@ -222,8 +231,9 @@ class Wires:
 
     def reap(self, host_ifnames: Iterable[str]) -> frozenset[str]:
         """Deletes all killed wires at once and returns those of `host_ifnames` that are seen gone."""
-        self._delete_killed()
-        return frozenset(name for name in host_ifnames if not index_of(name))
+        if self._delete_killed():
+            self._shaper.sweep_chains()
+        return frozenset(name for name in host_ifnames if not index_of(name) and self._shaper.is_gone(name))
 
     def _delete_killed(self) -> bool:
         """Deletes all killed wires at once. False when there were none."""
@@ -242,6 +252,7 @@ class Wires:
         if index:
             with naming(f"deleting {host_ifname}"), tolerating(errno.ENODEV):
                 self._thread.host.link("del", index=index)
+        self._shaper.delete(host_ifname)
         self._unbind(host_ifname)
 
     def _unbind(self, host_ifname: str) -> None:
@@ -253,6 +264,7 @@ class Wires:
     def differences(self, attachment: Attachment, netns_path: str, gateways: Mapping[Network, Address]) -> list[str]:
         """What of the wire is not as ADD left it, in words; empty when all is well."""
         found = self._port_differences(self._port(attachment.host_ifname), attachment)
+        found += self._shaper.differences(attachment)
         return found + self.inside(attachment, netns_path, gateways)
 
     def inside(self, attachment: Attachment, netns_path: str, gateways: Mapping[Network, Address]) -> list[str]:
@@ -300,6 +312,19 @@ class Wires:
                 attachments.append(attachment)
         return tuple(attachments)
 
+    def recall(self, wire: Attachment) -> Attachment:
+        """A wire that was found, with what its alias has no room for: its limits, and the ports that lead to it."""
+        there = read_table(self._thread.nftables).elements
+        return msgspec.structs.replace(
+            wire,
+            bandwidth=self._shaper.recall(wire.host_ifname),
+            port_mappings=mappings_of(there, wire.addresses),
+        )
+
+    def strays(self, known: Iterable[str]) -> tuple[str, ...]:
+        """Wires that are gone, are none of `known`, and have left an ifb device."""
+        return self._shaper.strays(known)
+
     def rename(self, host_ifname: str, wanted: str) -> None:
         """Gives a link its name back. Before 6.2 the kernel renames no link that is up."""
         index = index_of(host_ifname)
@@ -314,16 +339,17 @@ class Wires:
         return link is not None and link.get("group") != DOOMED_GROUP and link.get("ifalias") == alias_of(attachment)
 
     def mend(self, attachment: Attachment) -> WireState:
-        """Puts a wire's port back into the bridge, and up, when somebody took it out, and its alias when that was
-        changed; says what was found."""
+        """Puts a wire's port back into the bridge, and up, when somebody took it out, its alias when that was changed,
+        and its queues; says what was found."""
         link = self._port(attachment.host_ifname)
         if link is None:
             return WireState.GONE
         if self._guard and not self._guard.is_bound(attachment):
             self._guard.bind(attachment)  # the journal has taken it in
+        limited = self._shaper.mend(attachment)
         named = (link.get("ifalias") or "") == alias_of(attachment)
         if named and not self._port_differences(link, attachment):
-            return WireState.FINE
+            return WireState.MENDED if limited else WireState.FINE
         with naming(f"bridge port {attachment.host_ifname}"):
             self._thread.host.link("set", index=link["index"], master=index_of(self._bridge), state=_UP)
         self._configure_port(attachment)

@@ -163,6 +163,7 @@ class Engine:
             metrics=self.metrics,
             cooldown=cooldown,
             clock=lambda: self.now,
+            nft=("ip", "netns", "exec", node.name, "nft"),
         )
         self.reconciler = Reconciler(self.journal, self.attachments, self.metrics)
 

@@ -1,0 +1,193 @@
+"""The nft table of ports of the node that lead to pods, in the kernel. Its rules are
+ipam_daemon/hostport_rules.py's, its elements ipam_daemon/hostports.py's.
+
+    ADD   open()   ─▶ one transaction of packed messages, 0.1 ms ─▶ connections of UDP to these ports are forgotten
+    DEL   close()  ─▶ the same; no packet is sent to the pod by its mappings when it returns
+    start, and each round of reconciling: ensure() ─▶ what the journal says and the kernel lacks is added, the rest goes
+
+The table is made when the first mapping is, by text, in an `nft` process of 5 ms; a node that never has one never has
+the table nor the setting `route_localnet`. A table that somebody deleted or changed is mended by the next ADD or round.
+
+One call at a time: `ensure` reads the journal while it holds the lock, in which a mapping is before it is opened, and
+from which it goes right after it was closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import msgspec
+
+from ipam_daemon.conntrack import forget_udp
+from ipam_daemon.errors import PortTaken
+from ipam_daemon.firewall import run_nft
+from ipam_daemon.hostport_rules import NAME, ROUTE_LOCALNET, is_whole, render
+from ipam_daemon.hostports import MAPS, PAIRS, Element, describe, elements, overlap, shadows
+from ipam_daemon.journal import Journal
+from ipam_daemon.model import Address, Attachment, AttachmentKey, PortMapping
+from ipam_daemon.netlink import NetlinkThread, read_sysctl, write_sysctl
+from ipam_daemon.nfelements import Change, Family, Table, add, delete
+from ipam_daemon.nfnetlink import ElementRefused, Nftables
+from ipam_daemon.sockdiag import listening
+
+_TABLE = Table(Family.INET, NAME)
+_TO_BE_MENDED = (errno.ENOENT, errno.EBUSY, errno.EEXIST)  # no table, or the port leads elsewhere
+
+log = logging.getLogger(__name__)
+
+
+class TableState(msgspec.Struct, frozen=True):
+    """What the kernel has: whether the rules are whole, and the elements."""
+
+    whole: bool
+    elements: frozenset[Element] = frozenset()
+
+
+def read_table(nftables: Nftables) -> TableState:
+    """What the kernel has now. Raises OSError."""
+    rules = nftables.rules(_TABLE)
+    if not rules:
+        return TableState(whole=False)
+    found = set()
+    for name in (*MAPS, *PAIRS):
+        for key, data in (nftables.elements(_TABLE, name) or {}).items():
+            found.add(Element(name, key, data if isinstance(data, bytes) else b""))
+    return TableState(is_whole(rules), frozenset(found))
+
+
+class HostPorts:
+    """The table in the kernel of this node."""
+
+    def __init__(
+        self,
+        thread: NetlinkThread,
+        journal: Journal,
+        wanted: Callable[[], Iterable[Attachment]],
+        nft: Sequence[str] = ("nft",),
+    ) -> None:
+        """`wanted` gives the attachments that have their ports now; `nft` is the command, with what goes before it to
+        run it in another namespace."""
+        self._thread = thread
+        self._journal = journal
+        self._wanted = wanted
+        self._nft = tuple(nft)
+        self._lock = asyncio.Lock()
+
+    async def refuse_listened(self, mappings: Iterable[PortMapping]) -> None:
+        """Raises PortTaken when a socket of the node itself listens on one of the ports: its connections would go to
+        the pod."""
+        for mapping in mappings:
+            addresses = await self._thread.run(listening, mapping.protocol, mapping.host_port)
+            if any(shadows(mapping, address) for address in addresses):
+                raise PortTaken(
+                    f"{describe(mapping)} is the node's own: a socket listens on "
+                    f"{', '.join(sorted(map(str, addresses)))}"
+                )
+
+    def refuse_taken(self, mappings: Iterable[PortMapping]) -> None:
+        """Raises PortTaken, with the owner's name, when one of the ports is another attachment's. Nothing may come
+        between this and the journal's intent."""
+        for mapping in mappings:
+            for host_ip, key in self._journal.claimants(mapping.protocol, mapping.host_port):
+                if overlap(mapping.host_ip, host_ip):
+                    owner = _describe_owner(self._journal.get(key), key)
+                    raise PortTaken(f"{describe(mapping)} of this node is taken by {owner}")
+
+    async def open(self, attachment: Attachment) -> None:
+        """Leads the attachment's ports to it. Raises PlumbingFailed."""
+        async with self._lock:
+            if not await self._thread.run(self._commit, [_add(each) for each in elements(attachment)]):
+                await self._ensure()
+            await self._thread.run(self._forget_connections, attachment.port_mappings)
+
+    async def close(self, attachment: Attachment) -> None:
+        """Nothing is led to the attachment any more when this returns. Raises PlumbingFailed."""
+        async with self._lock:
+            await self._thread.run(self._commit, [_delete(each) for each in elements(attachment)])
+            await self._thread.run(self._forget_connections, attachment.port_mappings)
+
+    async def ensure(self) -> int:
+        """Brings the table to what is wanted. Returns how much had to be done. Raises PlumbingFailed."""
+        async with self._lock:
+            return await self._ensure()
+
+    async def missing(self, attachment: Attachment) -> list[str]:
+        """What of the attachment's mappings is not in the kernel, in words."""
+        state = await self._thread.run(self._read)
+        found = [] if state.whole else ["the rules for ports of the node are not there"]
+        if not elements(attachment) <= state.elements:
+            ports = ", ".join(map(describe, attachment.port_mappings))
+            found.append(f"not all of {ports} leads to the pod")
+        return found
+
+    # --- steps, under the lock
+
+    async def _ensure(self) -> int:
+        done = 0
+        state = await self._thread.run(self._read)
+        wanted = frozenset(each for attachment in self._wanted() for each in elements(attachment))
+        if wanted and not state.whole:
+            await run_nft(*self._nft, "-f", "-", stdin=render())
+            done += 1
+        if wanted:
+            done += await self._thread.run(_set_route_localnet)
+        changes = [_delete(each) for each in state.elements - wanted] + [_add(each) for each in wanted - state.elements]
+        await self._thread.run(self._commit_or_raise, changes)
+        return done + len(changes)
+
+    def _read(self) -> TableState:
+        return read_table(self._thread.nftables)
+
+    def _commit(self, changes: Sequence[Change]) -> bool:
+        """False when the table is not as it should be, and nothing has changed."""
+        try:
+            self._thread.nftables.commit(changes)
+        except ElementRefused as error:
+            if error.errno not in _TO_BE_MENDED:
+                raise
+            return False
+        return True
+
+    def _commit_or_raise(self, changes: Sequence[Change]) -> None:
+        self._thread.nftables.commit(changes)
+
+    def _forget_connections(self, mappings: Iterable[PortMapping]) -> None:
+        for mapping in mappings:
+            if mapping.protocol == "udp":
+                forget_udp(mapping.host_port, partial(self._addresses, mapping.host_ip))
+
+    def _addresses(self, host_ip: Address | None) -> frozenset[Address]:
+        """The addresses of the node that a mapping with this one is about."""
+        if host_ip is not None and not host_ip.is_unspecified:
+            return frozenset({host_ip})
+        mine = (ipaddress.ip_address(each.get("local") or each.get("address")) for each in self._thread.host.get_addr())
+        return frozenset(each for each in mine if host_ip is None or each.version == host_ip.version)
+
+
+def _set_route_localnet() -> int:
+    """After the rules, which keep pods from what it would open to them. 1 when it had to be done."""
+    before = read_sysctl(ROUTE_LOCALNET)
+    if before in ("", "1"):
+        return 0
+    write_sysctl(ROUTE_LOCALNET, "1")
+    return 1
+
+
+def _add(element: Element) -> Change:
+    return add(_TABLE, element.name, element.key, element.data or None)
+
+
+def _delete(element: Element) -> Change:
+    return delete(_TABLE, element.name, element.key)
+
+
+def _describe_owner(owner: Attachment | None, key: AttachmentKey) -> str:
+    """Who has something, for a person: the pod if its runtime named it."""
+    if owner is None or not owner.pod.name:
+        return f"container {key.container_id}"
+    return f"pod {owner.pod.namespace}/{owner.pod.name} (container {key.container_id})"
