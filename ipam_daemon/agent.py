@@ -32,7 +32,7 @@ from ipam_daemon.faults import point
 from ipam_daemon.firewall import Firewall
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
-from ipam_daemon.model import Address, Backend, Block, ClusterConfig, NodeRecord, Pool, decode, encode
+from ipam_daemon.model import Address, Backend, BackendType, Block, ClusterConfig, NodeRecord, Pool, decode, encode
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.peer_table import PeerTable
 from ipam_daemon.peers import Peers
@@ -150,9 +150,9 @@ class Agent:
         return notes
 
     @property
-    def backend(self) -> Backend:
-        """How pods of other nodes are reached."""
-        return self._config.backend
+    def backend(self) -> BackendType:
+        """How pods of other nodes are reached, as the kernel has it."""
+        return self._config.backend.type if self.plan is None else self.plan.backend
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -505,11 +505,12 @@ class Agent:
 
     async def _ensure_devices(self, plan: NodePlan, underlay: Underlay, resync: bool) -> list[str]:
         known = self.plan
-        wanted = (plan.bridge, plan.vxlan, plan.direct)
-        if not resync and known is not None and (known.bridge, known.vxlan, known.direct) == wanted:
+        wanted = (plan.bridge, plan.vxlan, plan.backend)
+        if not resync and known is not None and (known.bridge, known.vxlan, known.backend) == wanted:
             return []
         devices, names = self._devices, tuple(underlay.devices.values())
-        done = await self._thread.run(devices.prepare_underlay, names, self._settings.families, plan.direct)
+        direct = plan.backend is not BackendType.VXLAN
+        done = await self._thread.run(devices.prepare_underlay, names, self._settings.families, direct)
         done += await self._thread.run(devices.ensure_bridge, plan.bridge)
         return done + await self._thread.run(devices.ensure_vxlan, plan.vxlan)
 

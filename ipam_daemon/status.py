@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+
 import podwire
 from ipam_daemon.agent import Agent
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.delqueue import DelQueue
+from ipam_daemon.errors import CniError
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.settings import Settings
@@ -29,7 +33,9 @@ class Status:
         journal: Journal,
         metrics: Metrics,
         queue: DelQueue,
+        dropped: Callable[[], Awaitable[Mapping[str, int]]],
     ) -> None:
+        """`dropped` asks the kernel how many frames were dropped for which reason."""
         self._settings = settings
         self._agent = agent
         self._attachments = attachments
@@ -37,6 +43,7 @@ class Status:
         self._journal = journal
         self._metrics = metrics
         self._queue = queue
+        self._dropped = dropped
 
     def message(self) -> agent_pb2.GetStatusResponse:
         """The status as the Agent service gives it."""
@@ -65,7 +72,7 @@ class Status:
             waiting_dels=len(self._queue.waiting),
             releasing_wires=len(self._journal.releasing()),
             obstacle=self._agent.keeper.obstacle,
-            backend=self._agent.backend.type,
+            backend=self._agent.backend,
             notes=self._agent.notes(),
             peer_nodes=[
                 agent_pb2.Peer(name=each.name, addresses=map(str, each.addresses), blocks=map(str, each.blocks))
@@ -77,9 +84,11 @@ class Status:
             ],
         )
 
-    def refresh_metrics(self) -> None:
+    async def refresh_metrics(self) -> None:
         """Brings the gauges up to date, for a scrape."""
         metrics = self._metrics
+        with suppress(CniError):  # the table may be gone for now
+            metrics.spoofed.values = await self._dropped()
         for use in self._attachments.uses():
             for state in _STATES:
                 metrics.addresses.labels(use.block.pool, str(use.block.cidr), state).set(getattr(use, state))

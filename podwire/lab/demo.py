@@ -1,6 +1,6 @@
 """`make demo`: a lab, and stanza by stanza what it can do. Ends with `demo: OK`, or with what was not as it should be.
 
-    up ─▶ addresses ─▶ reachability ─▶ the wire ─▶ down
+    up ─▶ addresses ─▶ reachability ─▶ the wire ─▶ another backend ─▶ down
 
 Every stanza is a function of the Stage in STANZAS; a later feature adds its own. A stanza prints what it finds and
 calls `stage.wrong` for what differs from what DESIGN.md says, so that one failure does not hide the next. The lab has
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,12 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from podwire.errors import PodwireError
-from podwire.lab import cluster, names, process, state, status
+from podwire.lab import cluster, names, node, process, state, status, topology
+from podwire.lab.agent import daemon_status
 from podwire.lab.program import plan_program
 from podwire.lab.state import LabState
-from podwire.lab.talk import ask
+from podwire.lab.talk import Answer, ask
 
-_WIDTH = 110  # of what is not a terminal
+_WIDTH = 120  # of what is not a terminal
+POD_CIDR = "10.244.0.0/16,fd00:10:244::/56"
 _WEB, _HOST_WEB = 80, 8080
 _CAPTURE_SECONDS = 10
 
@@ -63,20 +66,24 @@ class Stage:
         """A pod as a place to ask from and to."""
         found = next(p for p in cluster.pods(self.lab) if p["metadata"]["name"] == name)
         shown = status.pod_status(self.lab, found)
-        return Place(name, Path(shown["netns"]), shown["addresses"][0], shown["node"])
+        return Place(name, Path(shown["netns"]), tuple(shown["addresses"]), shown["node"])
 
     def node(self, name: str) -> Place:
         """A node itself as a place to ask from and to."""
-        return Place(name, self.lab.netns(name), self.lab.node(name).addresses[0], name)
+        return Place(name, self.lab.netns(name), self.lab.node(name).addresses, name)
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Somewhere in the lab: its network namespace, its address, its node."""
+    """Somewhere in the lab: its network namespace, its addresses, its node."""
 
     name: str
     netns: Path
-    address: str
+    addresses: tuple[str, ...]
     node: str
+
+    def of(self, family: int) -> str:
+        """Its address of a family."""
+        return next(each for each in self.addresses if (":" in each) == (family == 6))
 
 
 # --- what is shown on -------------------------------------------------------------------------------------------
@@ -112,12 +119,12 @@ def show_addresses(stage: Stage) -> None:
     stage.title("Addresses")
     shown = status.status(stage.lab)
     table = _table("node", "underlay", "block", "pods")
-    for node in shown["nodes"]:
-        pods = [pod for pod in shown["pods"] if pod["node"] == node["name"]]
-        lines = "\n".join(f"{pod['addresses'][0]:<15} {pod['name']}" for pod in pods)
-        table.add_row(node["name"], ", ".join(node["addresses"]), ", ".join(node["blocks"]), lines)
+    for each in shown["nodes"]:
+        pods = [pod for pod in shown["pods"] if pod["node"] == each["name"]]
+        lines = "\n".join(f"{pod['name']:<7}{' '.join(pod['addresses'])}" for pod in pods)
+        table.add_row(each["name"], "\n".join(each["addresses"]), "\n".join(each["blocks"]), lines)
     stage.console.print(table)
-    addresses = [pod["addresses"][0] for pod in shown["pods"] if not pod["name"].startswith("host")]
+    addresses = [each for pod in shown["pods"] if not pod["name"].startswith("host") for each in pod["addresses"]]
     if len(set(addresses)) != len(addresses):
         stage.wrong(f"pods share an address: {addresses}")
 
@@ -139,23 +146,46 @@ class Check(msgspec.Struct, frozen=True):
 
 
 def checks(stage: Stage) -> Iterator[Check]:
-    """Every way from a pod, a node and a hostNetwork pod to another (DESIGN.md, section 5)."""
+    """Every way from a pod, a node and a hostNetwork pod to another (DESIGN.md, section 5), by each family."""
+    for family in stage.lab.families:
+        yield from _checks(stage, family)
+
+
+def _checks(stage: Stage, family: int) -> Iterator[Check]:
     blue, green, red, gold = (stage.pod(name) for name in ("blue", "green", "red", "gold"))
     host1, host2 = stage.pod("host1"), stage.pod("host2")
     node1, node2 = stage.node("node1"), stage.node("node2")
-    yield Check("pod → pod, same node", blue, green, green.address, _WEB)
-    yield Check("pod → pod, across nodes", blue, red, red.address, _WEB)
-    yield Check("pod → pod, across nodes", gold, blue, blue.address, _WEB)
-    yield Check("pod → pod, across nodes, UDP", red, gold, gold.address, _WEB, "UDP")
-    yield Check("node → its pod", node1, blue, blue.address, _WEB)
-    yield Check("node → pod of another node", node1, red, red.address, _WEB)
-    yield Check("pod → its node", blue, node1, node1.address, _HOST_WEB, answered_by="host1")
-    yield Check("pod → another node", blue, node2, node2.address, _HOST_WEB, seen_as=node1.address, answered_by="host2")
-    yield Check("hostNetwork → pod, same node", host1, blue, blue.address, _WEB)
-    yield Check("hostNetwork → pod, across nodes", host2, blue, blue.address, _WEB)
-    yield Check("hostNetwork → hostNetwork", host1, host2, host2.address, _HOST_WEB)
-    outside = Place("outside", stage.lab.netns("outside"), str(names.BEYOND_ADDRESS), "")
-    yield Check("pod → outside the cluster", blue, outside, outside.address, _WEB, seen_as=node1.address)
+
+    def check(path: str, source: Place, target: Place, port: int = _WEB, **more: str) -> Check:
+        return Check(path, source, target, target.of(family), port, **more)
+
+    yield check("pod → pod, same node", blue, green)
+    yield check("pod → pod, across nodes", blue, red)
+    yield check("pod → pod, across nodes", gold, blue)
+    yield check("pod → pod, across nodes, UDP", red, gold, protocol="UDP")
+    yield check("node → its pod", node1, blue)
+    yield check("node → pod of another node", node1, red)
+    yield check("pod → its node", blue, node1, _HOST_WEB, answered_by="host1")
+    yield check("pod → another node", blue, node2, _HOST_WEB, seen_as=node1.of(family), answered_by="host2")
+    yield check("hostNetwork → pod, same node", host1, blue)
+    yield check("hostNetwork → pod, across nodes", host2, blue)
+    yield check("hostNetwork → hostNetwork", host1, host2, _HOST_WEB)
+    beyond = str(names.BEYOND_ADDRESSES[family])
+    outside = Place("outside", stage.lab.netns("outside"), (beyond,), "")
+    yield check("pod → outside the cluster", blue, outside, seen_as=node1.of(family))
+
+
+def judge(check: Check) -> tuple[Answer | None, str]:
+    """The answer, and what is wrong about it; empty when all is well."""
+    try:
+        answer = ask(check.source.netns, check.address, check.port, check.protocol)
+    except PodwireError as error:
+        return None, f"{check.path}: {error}"
+    good = answer.client == check.seen_as if check.seen_as else answer.untranslated
+    if good and answer.pod == (check.answered_by or check.target.name):
+        return answer, ""
+    wanted = check.seen_as or f"the client's own address {answer.own}"
+    return answer, f"{check.path}: {answer.pod} answered and saw {answer.client}, expected {wanted}"
 
 
 def show_reachability(stage: Stage) -> None:
@@ -163,20 +193,15 @@ def show_reachability(stage: Stage) -> None:
     stage.title("Reachability: whom does the server see?")
     table = _table("path", "from", "own address", "to", "server saw", "NAT", "")
     for check in checks(stage):
-        try:
-            answer = ask(check.source.netns, check.address, check.port, check.protocol)
-        except PodwireError as error:
-            table.add_row(check.path, check.source.name, "", check.target.name, "no answer", "", "[red]✗[/]")
-            stage.wrong(f"{check.path}: {error}")
+        answer, wrong = judge(check)
+        mark = "[red]✗[/]" if wrong else "[green]✓[/]"
+        if wrong:
+            stage.wrong(wrong)
+        if answer is None:
+            table.add_row(check.path, check.source.name, "", check.target.name, "no answer", "", mark)
             continue
-        good = answer.client == check.seen_as if check.seen_as else answer.untranslated
-        good = good and answer.pod == (check.answered_by or check.target.name)
         nat = "no" if answer.untranslated else "masqueraded"
-        mark = "[green]✓[/]" if good else "[red]✗[/]"
         table.add_row(check.path, check.source.name, answer.own, check.target.name, answer.client, nat, mark)
-        if not good:
-            wanted = check.seen_as or f"the client's own address {answer.own}"
-            stage.wrong(f"{check.path}: {answer.pod} answered and saw {answer.client}, expected {wanted}")
     stage.console.print(table)
     stage.say("Pod to pod is never NATed. What the underlay cannot answer to (pod → another node's own address, and")
     stage.say("outside the cluster) leaves with the node's address.")
@@ -185,17 +210,73 @@ def show_reachability(stage: Stage) -> None:
 def show_wire(stage: Stage) -> None:
     """A packet from pod to pod, as the underlay sees it."""
     blue, red = stage.pod("blue"), stage.pod("red")
-    node1, node2 = stage.node(blue.node), stage.node(red.node)
-    stage.title(f"The wire: {blue.name} ({blue.address}) asks {red.name} ({red.address}); on the underlay that is")
-    wanted = f"udp dst port 4789 and src host {node1.address} and dst host {node2.address}"
-    with capture(stage.lab, node1.name, wanted) as lines:
-        ask(blue.netns, red.address, _WEB)
+    node1, node2 = stage.node(blue.node).of(4), stage.node(red.node).of(4)
+    stage.title(f"The wire: {blue.name} ({blue.of(4)}) asks {red.name} ({red.of(4)}); on the underlay that is")
+    text = _packet(stage, f"udp dst port 4789 and src host {node1} and dst host {node2}", blue, red)
+    if not ("VXLAN" in text and f"{node1}." in text and f"{blue.of(4)}." in text):
+        stage.wrong(f"no VXLAN packet from {blue.node} with {blue.name}'s packet inside: {text or 'nothing captured'}")
+
+
+def _packet(stage: Stage, wanted: str, source: Place, target: Place) -> str:
+    """What tcpdump says of one packet at the source's node while the source asks the target."""
+    with capture(stage.lab, source.node, wanted) as lines:
+        ask(source.netns, target.of(4), _WEB)
         packet = lines()
     for line in packet:
         stage.say(f"  {line}")
-    text = " ".join(packet)
-    if not ("VXLAN" in text and f"{node1.address}." in text and f"{blue.address}." in text):
-        stage.wrong(f"no VXLAN packet from {node1.name} with {blue.name}'s packet inside: {text or 'nothing captured'}")
+    return " ".join(packet)
+
+
+def show_backend(stage: Stage) -> None:
+    """Plain routes instead of VXLAN, while a pod is pinging."""
+    blue, red = stage.pod("blue"), stage.pod("red")
+    stage.title("Another backend, while blue pings red a hundred times a second by both families")
+    with contextlib.ExitStack() as stack:
+        pings = [stack.enter_context(_pinging(blue, red.of(family))) for family in stage.lab.families]
+        for backend in ("direct", "auto"):
+            stage.say(f"  podwire cluster set --backend {backend}")
+            set_backend(stage.lab, backend)
+            text = _packet(stage, f"src host {blue.of(4)} and dst host {red.of(4)}", blue, red)
+            if f"{blue.of(4)}." not in text or "VXLAN" in text:
+                stage.wrong(f"{backend}: {blue.name}'s packet is not on the underlay: {text or 'nothing captured'}")
+        for lost in pings:
+            sent, answered = lost()
+            stage.say(f"  {sent} pings, {answered} answered")
+            if answered < sent:
+                stage.wrong(f"{sent - answered} of {sent} pings were lost while the backend changed")
+
+
+def set_backend(lab: LabState, backend: str, seconds: float = 30.0) -> None:
+    """Changes the lab's backend, and waits until every node has it in its routes. Raises PodwireError."""
+    command = [*node.enter_command(lab, lab.nodes[0].name), *node.PYTHON, "-m", "podwire.cli.main", "cluster", "set"]
+    config = lab.files.node_path(lab.nodes[0].name, "/etc/podwire") / "ipamd.yaml"
+    topology.run([*command, "--backend", backend, "--config", str(config)])
+    for each in lab.nodes:
+        process.wait_for(partial(_has, lab, each.name, backend), seconds, f"{each.name} to be {backend}")
+
+
+def _has(lab: LabState, name: str, backend: str) -> bool:
+    said = daemon_status(lab.files.ipamd_socket(name))
+    return said is not None and said.ready and said.backend == backend
+
+
+@contextlib.contextmanager
+def _pinging(source: Place, address: str) -> Iterator[Callable[[], tuple[int, int]]]:
+    """A ping that runs until it is asked how many it has sent, and how many were answered."""
+    words = ["nsenter", f"--net={source.netns}", "--", "ping", "-q", "-i", "0.01", "-W", "1", address]
+    ping = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+    def count() -> tuple[int, int]:
+        ping.send_signal(signal.SIGINT)
+        out, _ = ping.communicate(timeout=_CAPTURE_SECONDS)
+        line = next(line for line in out.splitlines() if "packets transmitted" in line).split()
+        return int(line[0]), int(line[3])
+
+    try:
+        yield count
+    finally:
+        ping.kill()
+        ping.communicate()
 
 
 @contextlib.contextmanager
@@ -238,7 +319,7 @@ def _wait_listening(tcpdump: subprocess.Popen[bytes]) -> None:
         said += data
 
 
-STANZAS: tuple[Callable[[Stage], None], ...] = (show_addresses, show_reachability, show_wire)
+STANZAS: tuple[Callable[[Stage], None], ...] = (show_addresses, show_reachability, show_wire, show_backend)
 
 
 # --- running ----------------------------------------------------------------------------------------------------
@@ -253,7 +334,7 @@ def _table(*columns: str) -> Table:
 
 def perform(console: Console) -> list[str]:
     """Builds the lab, shows every stanza, removes the lab. Returns what was wrong."""
-    lab = LabState(name=f"demo-{os.getpid():x}", nodes=state.plan_nodes(3))
+    lab = LabState(name=f"demo-{os.getpid():x}", nodes=state.plan_nodes(3, POD_CIDR), pod_cidr=POD_CIDR)
     console.print(f"[bold]Podwire[/]: three nodes in namespaces of lab {lab.name}", highlight=False)
     stage = Stage(lab, console)
     began = time.monotonic()

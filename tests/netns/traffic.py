@@ -128,7 +128,7 @@ def traffic(source: Place, target: Place, address: str) -> Iterator[Traffic]:
 
 
 def _echo() -> None:
-    with socket.create_server(("", PORT)) as server:
+    with socket.create_server(("::", PORT), family=socket.AF_INET6, dualstack_ipv6=True) as server:
         print("listening", flush=True)
         connection, _ = server.accept()
         with connection:
