@@ -311,9 +311,9 @@ class Attachments:
         for attachment in stranded:
             await self._thread.run(self._wires.cut, attachment.host_ifname)
         self.fenced = len(stranded)
-        return self.fenced
         if any(each.port_mappings for each in stranded):
             await self._host_ports.ensure()
+        return self.fenced
 
     # --- wires that the journal does not know
 
@@ -348,7 +348,6 @@ class Attachments:
         known = self._names()
         return tuple(each for each in found if each.host_ifname not in known)
 
-    def _adopt(self, wire: Attachment) -> bool:
     async def sweep(self) -> tuple[str, ...]:
         """Deletes what is left of wires that are gone. Returns their names."""
         strays = await self._thread.run(self._wires.strays, self._names())
@@ -363,6 +362,7 @@ class Attachments:
         names = {each.host_ifname for each in self._journal.attachments()}
         return names | {each.host_ifname for each in self._journal.releasing()}
 
+    def _adopt(self, wire: Attachment) -> bool:
         """Journals the wire, and so takes its addresses. False when one of them is another's, and nothing changes."""
         held = {each.ip for row in self._journal.attachments() for each in row.addresses}
         held |= {each.ip for row in self._journal.releasing() for each in row.addresses}
@@ -428,13 +428,12 @@ class Attachments:
                 point("start.undoing")
                 await self._release(attachment)
                 undone += 1
-        return undone
         try:
             await self.mend_host_ports()
         except CniError as error:
             log.warning("ports of the node are not as they should be yet: %s", error)
+        return undone
 
-    # --- steps
     # --- ports of the node
 
     async def mend_host_ports(self) -> int:
@@ -460,6 +459,7 @@ class Attachments:
             raise
         point("add.host-ports-open")
 
+    # --- steps
 
     async def _intend_patiently(self, call: Call) -> Attachment:
         """Waits for another block when there is no address, as often as others were quicker to take what came."""
@@ -479,15 +479,15 @@ class Attachments:
         point("add.allocated")
         attachment = plan_attachment(call, addresses, self.mtu, time.time())
         try:
-            with self._metrics.phase("ADD", "journal"):
             hostports.check_families(attachment.port_mappings, addresses)
             bandwidth.check_bursts(attachment.bandwidth, self.mtu)
             self._host_ports.refuse_taken(attachment.port_mappings)
+            with self._metrics.phase("ADD", "journal"):
                 self._journal.intend(attachment)
-        except sqlite3.Error as error:
         except CniError:
             self._allocator.give_back(addresses)
             raise
+        except sqlite3.Error as error:
             self._allocator.give_back(addresses)
             raise TryAgainLater(f"the journal cannot be written: {error}") from error
         return attachment
@@ -515,11 +515,11 @@ class Attachments:
         with self._metrics.phase("DEL", "kill"):
             await self._thread.run(self._wires.kill, attachment.host_ifname)
         point("del.killed")
-        with self._metrics.phase("DEL", "journal"):
         if attachment.port_mappings:
             with self._metrics.phase("DEL", "hostports"):
                 await self._host_ports.close(attachment)
             point("del.host-ports-closed")  # nothing may wait from here on: ensure() would open them again
+        with self._metrics.phase("DEL", "journal"):
             self._journal.release(attachment)
         self._allocator.release(self._known(attachment.addresses))
         self.changed.set()
