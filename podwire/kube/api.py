@@ -48,6 +48,7 @@ from podwire.kube.errors import (
 )
 from podwire.kube.follower import Follower
 from podwire.kube.kinds import Key, T, Wanted
+from podwire.kube.lines import LONGEST
 from podwire.kube.source import Batch
 
 logger = logging.getLogger(__name__)
@@ -74,12 +75,18 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
 class ApiSource:
     """A Source. `problems` says by kind what hinders it now, `skipped` which objects are left out, and why.
 
-    `chance` gives numbers from 0 to 1.
+    `chance` gives numbers from 0 to 1; `longest_line` of a watch is in bytes.
     """
 
     def __init__(
-        self, client: Client, *, pace: Pace | None = None, chance: Callable[[], float] = random.random
+        self,
+        client: Client,
+        *,
+        pace: Pace | None = None,
+        chance: Callable[[], float] = random.random,
+        longest_line: int = LONGEST,
     ) -> None:
+        self.longest_line = longest_line
         self.problems: dict[str, str] = {}
         self.skipped: dict[str, dict[Key, str]] = {}
         self.client = client
@@ -148,7 +155,7 @@ class _Thread(Generic[T]):
     """One kind, followed: what to ask next, and how long to wait before."""
 
     def __init__(self, source: ApiSource, wanted: Wanted[T]) -> None:
-        self.follower = Follower(wanted)
+        self.follower = Follower(wanted, source.longest_line)
         self._source = source
         self._client = source.client
         self._pace = source.pace
@@ -206,9 +213,10 @@ class _Thread(Generic[T]):
         self.follower.begin()
         path, token, limit = self._wanted.kind.path, "", CHUNK
         while True:
-            query = {**self._wanted.query(), "limit": str(limit), "continue": token}
+            part = {"limit": str(limit) if limit else "", "continue": token}
+            query = {**self._wanted.query(), **{name: value for name, value in part.items() if value}}
             try:
-                body = await self._client.get(path, {name: value for name, value in query.items() if value})
+                body = await self._client.get(path, query)
             except Expired:
                 if not token:
                     raise
