@@ -85,6 +85,7 @@ class Services:
         self._changed: dict[PortKey, PortPlan | None] = {}
         self._changed_health: dict[Key, Health | None] = {}
         self._changed_ips: dict[Address, bool] = {}
+        self._left: set[Key] = set()
 
     # --- What comes in ------------------------------------------------------------------------------------------
 
@@ -179,6 +180,23 @@ class Services:
         for entry in self._entries.values():
             yield from entry.plans
 
+    def plans_of(self, service: Key) -> tuple[PortPlan, ...]:
+        """The plans of one Service."""
+        self._settle()
+        entry = self._entries.get(service)
+        return entry.plans if entry else ()
+
+    def endpoints(self, key: PortKey) -> frozenset[tuple[Address, int]]:
+        """Every endpoint that the slices list for a port, whatever its conditions. May be called in any thread."""
+        entry = self._entries.get((key.namespace, key.service))
+        found = gather(entry.slices, key.port, key.protocol, key.version) if entry else ()
+        return frozenset((candidate.address, port) for candidate, port in found)
+
+    def left_endpoints(self) -> frozenset[Key]:
+        """Services one of whose endpoints is in its slice no longer, since this was last asked."""
+        left, self._left = frozenset(self._left), set()
+        return left
+
     def health(self, service: Key) -> Health | None:
         """What a balancer is to be told of a Service, None when it does not ask."""
         self._settle()
@@ -250,13 +268,21 @@ class Services:
         namespace, name = key
         if part is None:
             self._owners.pop(key, None)
+            self._note_left(entry, name, frozenset())
             entry.slices = tuple(each for each in entry.slices if each.name != name)
         else:
             if part in entry.slices:
                 return
+            self._note_left(entry, name, frozenset(each.address for each in part.candidates))
             self._owners[intern(namespace), name] = entry.key
             entry.slices = (*(each for each in entry.slices if each.name != name), part)
         self._dirty.add(entry.key)
+
+    def _note_left(self, entry: _Entry, name: str, stay: frozenset[Address]) -> None:
+        """Notes the Service when a slice of it loses an endpoint."""
+        listed = (each.address for part in entry.slices if part.name == name for each in part.candidates)
+        if any(address not in stay for address in listed):
+            self._left.add(entry.key)
 
     def _entry(self, key: Key) -> _Entry:
         """The Service's entry, made when there is none; its key is the one to keep, for memory's sake."""

@@ -1,0 +1,220 @@
+"""From objects to the kernel: batches in, what has changed out, and nothing that costs more than the change.
+
+    Source ──batches──▶ take() ──▶ Services ──changed──▶ Renderer ──transactions──▶ Applier ──▶ kernel
+                          │                                                           ▲
+                          └──▶ Runner: a run soon after, all changes until then ──────┘
+                                 │ resync: at the start, after a failure, on drift, periodically
+                                 └──▶ conntrack: connections to where nobody is any more
+
+Nothing is rendered before every source has said what there is: a list that is not complete yet would take out what an
+earlier process has set up. From then on the API may be away for as long as it likes.
+
+A failed run is repeated with a look at the whole (ApplyFailed), since nobody knows then what the kernel has.
+Connections (`stale`) are looked at after the rules, by a runner of their own: what is cut comes back by the new rules,
+and a table of a million connections holds no rule up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import msgspec
+
+from kube_proxy_lite.model import Address, Health, PortKey, PortPlan, Problem, Settings
+from kube_proxy_lite.render.interface import Applier, ApplyFailed, Renderer
+from kube_proxy_lite.services import Services
+from kube_proxy_lite.stale import Connection, StaleConnections
+from podwire.errors import TryAgain
+from podwire.kube.kinds import (
+    ENDPOINT_SLICES,
+    NODES,
+    SERVICE_CIDRS,
+    SERVICES,
+    Kind,
+    Wanted,
+    one_node,
+    proxied_endpoint_slices,
+    proxied_services,
+)
+from podwire.kube.source import Batch, Source
+from podwire.runner import Runner
+
+_NAMED_AT_ONCE = 20
+
+log = logging.getLogger(__name__)
+Key = tuple[str, str]
+
+
+class Connections(Protocol):
+    """The node's connections (apply/conntrack.py)."""
+
+    async def cut(self, judge: Callable[[Iterable[Connection]], list[Connection]]) -> int:
+        """Deletes those that `judge`, called in another thread, finds stale. Returns how many. Raises TryAgain."""
+        ...
+
+
+class SyncObserver(Protocol):
+    """Is told what happens, for metrics. Must return at once and not raise."""
+
+    def synced(self, seconds: float, resync: bool, changes: int, waited: float) -> None:
+        """A run has ended well: how long it took, whether it looked at everything, how many plans had changed, and how
+        long the oldest of its changes had waited for the run to end."""
+
+    def failed(self, reason: str) -> None:
+        """A run has failed."""
+
+    def cut(self, connections: int) -> None:
+        """Connections were cut."""
+
+
+class ServiceSync:
+    """Keeps this node's kernel at what the cluster's Services say."""
+
+    def __init__(
+        self,
+        services: Services,
+        renderer: Renderer[Any, Any],
+        applier: Applier[Any, Any],
+        connections: Connections,
+        observer: SyncObserver,
+        *,
+        period: float = 30.0,
+        min_interval: float = 0.0,
+        settings_of: Callable[[Services], Settings] | None = None,
+        own_addresses: Callable[[], Iterable[Address]] = tuple,
+    ) -> None:
+        """`period`: seconds between two looks at the whole. `settings_of` makes the renderer's settings from what the
+        objects say of the node and the ServiceCIDRs; without it they are those that the renderer was made with.
+        `own_addresses` are the node's, on which NodePorts answer."""
+        self.services = services
+        self.runner = Runner(
+            "bringing Services to the kernel", self._run, max_interval=period, min_interval=min_interval
+        )
+        self.repairer = Runner("looking at connections", self._repair, max_interval=3600.0, min_interval=1.0)
+        self._renderer = renderer
+        self._applier = applier
+        self._connections = connections
+        self._observer = observer
+        self._settings_of = settings_of
+        self._own_addresses = own_addresses
+        self._settings: Settings | None = None
+        self._stale = StaleConnections()
+        self._awaited: set[str] = {kind.resource for kind in (SERVICES, ENDPOINT_SLICES, NODES, SERVICE_CIDRS)}
+        self._plans: dict[PortKey, PortPlan] = {}
+        self._reported: frozenset[Problem] = frozenset()
+        self.health_changed: Callable[[Mapping[Key, Health | None]], None] = lambda _changed: None
+        """Is told which Services' health checks are others than before."""
+        self.synced_at = 0.0
+        """When the kernel was last brought to what the cluster says, in seconds since the epoch; 0 if never."""
+
+    @property
+    def synced(self) -> bool:
+        """Whether every source has said what there is."""
+        return not self._awaited
+
+    # --- objects
+
+    def wanted(self) -> tuple[Wanted[Any], ...]:
+        """What is to be followed."""
+        cidrs: Wanted[Any] = Wanted(kind=SERVICE_CIDRS, optional=True)
+        return proxied_services(), proxied_endpoint_slices(), one_node(self.services.settings.node), cidrs
+
+    async def follow(self, source: Source, wanted: Wanted[Any]) -> None:
+        """Takes what `source` says of one kind, until cancelled."""
+        async with aclosing(source.follow(wanted)) as batches:
+            async for batch in batches:
+                self.take(batch)
+
+    def take(self, batch: Batch[Any]) -> None:
+        """Takes a batch in, and asks for a run."""
+        setter, dropper = self._doors(batch.kind)
+        for key in batch.deletes:
+            dropper(key)
+        for obj in batch.upserts:
+            setter(obj)
+        if batch.synced:
+            self._awaited.discard(batch.kind.resource)
+        if self.synced:
+            self.runner.request()
+
+    def _doors(self, kind: Kind[Any]) -> tuple[Callable[[Any], None], Callable[[Key], None]]:
+        services = self.services
+        doors: dict[str, tuple[Callable[[Any], None], Callable[[Key], None]]] = {
+            SERVICES.resource: (services.set_service, services.drop_service),
+            ENDPOINT_SLICES.resource: (services.set_slice, services.drop_slice),
+            NODES.resource: (services.set_node, lambda _key: services.set_node(None)),
+            SERVICE_CIDRS.resource: (services.set_service_cidr, lambda key: services.drop_service_cidr(key[1])),
+        }
+        return doors[kind.resource]
+
+    # --- the kernel
+
+    async def _run(self, resync: bool) -> None:
+        began = time.perf_counter()
+        changed = self.services.changed()
+        transactions = self._renderer.update(changed, self.services.changed_cluster_ips())
+        transactions += self._reconfigure()
+        self._note_stale(changed)
+        try:
+            if resync or not self.synced_at:
+                transactions = self._renderer.resync(await self._applier.read())
+            await self._applier.apply(transactions)
+        except ApplyFailed as error:
+            self._observer.failed(str(error))
+            raise
+        self.synced_at = time.time()
+        self.health_changed(self.services.changed_health())
+        self._report_problems()
+        if self._stale.in_doubt:
+            self.repairer.request()
+        waited = asyncio.get_running_loop().time() - self.runner.serving
+        self._observer.synced(time.perf_counter() - began, resync, len(changed), waited)
+
+    def _reconfigure(self) -> tuple[Any, ...]:
+        settings = self._settings_of(self.services) if self._settings_of else None
+        if settings is None or settings == self._settings:
+            return ()
+        self._settings = settings
+        return self._renderer.configure(settings)
+
+    # --- connections
+
+    def _note_stale(self, changed: Mapping[PortKey, PortPlan | None]) -> None:
+        for key, plan in changed.items():
+            before = self._plans.pop(key, None)
+            if plan is not None:
+                self._plans[key] = plan
+            self._stale.take(before, plan)
+        for service in self.services.left_endpoints():
+            for plan in self.services.plans_of(service):
+                self._stale.doubt(plan)
+
+    async def _repair(self, resync: bool) -> None:
+        if resync:
+            self._stale.doubt_all()
+        looked_at = self._stale.begin()
+        own = frozenset(map(int, self._own_addresses()))
+        try:
+            cut = await self._connections.cut(
+                lambda found: self._stale.stale(found, looked_at, own, self.services.endpoints)
+            )
+        except TryAgain:
+            self._stale.again(looked_at)
+            raise
+        if cut:
+            self._observer.cut(cut)
+
+    def _report_problems(self) -> None:
+        """Names in the log what is new among the objects that cannot be served as they ask."""
+        problems = frozenset(self.services.problems())
+        new = sorted(problems - self._reported)
+        for problem in new[:_NAMED_AT_ONCE]:
+            log.warning("%s", problem, extra={"fields": {"problem": msgspec.to_builtins(problem)}})
+        if len(new) > _NAMED_AT_ONCE:
+            log.warning("%d problems more", len(new) - _NAMED_AT_ONCE)
+        self._reported = problems

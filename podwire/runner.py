@@ -1,0 +1,89 @@
+"""Work that is asked for often and done once: a run soon after each request, never two at a time.
+
+    request ──┐                                        ┌── the next run: for all of them
+    request ──┴──▶ run ─────────── request, request ───┘
+
+Guarantees. After every request a run begins, so that what was changed before the request is seen by it. Runs do not
+overlap; requests made while one goes on are served by one run after it. There is no fixed floor between runs: the first
+request of a burst is served at once, and how many share the next run is decided by how long a run takes.
+`min_interval`, from the start of one run to the start of the next, is for work that must not be done more often.
+Without any request a run with `resync` comes every `max_interval` seconds, counted from the last such run, so that
+changes, however many, do not put it off. A run that raises TryAgain is repeated, with `resync`, after a pause that
+doubles from `first_retry` up to `last_retry`; requests do not shorten it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from podwire.backoff import Backoff
+from podwire.errors import TryAgain
+
+log = logging.getLogger(__name__)
+
+
+class Runner:
+    """Does `work(resync)` as the module says. All times are in seconds."""
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[bool], Awaitable[None]],
+        *,
+        max_interval: float,
+        min_interval: float = 0.0,
+        first_retry: float = 0.1,
+        last_retry: float = 5.0,
+    ) -> None:
+        self.name = name
+        self.failures = 0
+        """Runs that have failed since one succeeded."""
+        self.requested_at: float | None = None
+        """When the oldest request that no run has served yet was made, on the loop's clock; None without one."""
+        self.serving = 0.0
+        """When the oldest request that the present run serves was made, or the last one did, on the loop's clock."""
+        self._work = work
+        self._max_interval = max_interval
+        self._min_interval = min_interval
+        self._pauses = Backoff(first_retry, last_retry)
+        self._wake = asyncio.Event()
+        self._resync = True
+
+    def request(self, resync: bool = False) -> None:
+        """Asks for a run; with `resync` for one that looks at everything again."""
+        self._resync = self._resync or resync
+        if self.requested_at is None:
+            self.requested_at = asyncio.get_running_loop().time()
+        self._wake.set()
+
+    async def run_forever(self) -> None:
+        """Runs until it is cancelled, or `work` raises what is not TryAgain. The first run is at the first request."""
+        clock = asyncio.get_running_loop().time
+        await self._wake.wait()
+        due = clock()
+        while True:
+            began = clock()
+            resync, self._resync = self._resync or began >= due, False
+            self._wake.clear()
+            self.serving = began if self.requested_at is None else self.requested_at
+            self.requested_at = None
+            try:
+                await self._work(resync)
+            except TryAgain as error:
+                self.failures += 1
+                self.requested_at = self.serving
+                self._resync = True
+                pause = self._pauses.next()
+                log.warning("%s failed, trying again: %s", self.name, error)
+                await asyncio.sleep(pause)
+                continue
+            self.failures = 0
+            self._pauses.reset()
+            if resync:
+                due = began + self._max_interval
+            await asyncio.sleep(max(0.0, began + self._min_interval - clock()))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), max(0.0, due - clock()))
