@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ipam_daemon.plan import FirewallPlan
-from ipam_daemon.ruleset import FirewallState, chains_hash, desired, parse_listing, render
+from ipam_daemon.ruleset import FirewallState, chains_hash, desired, parse_listing, render, render_vteps
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "firewall.nft"
 EMPTY = FirewallState(chains="", elements={})
@@ -68,6 +68,29 @@ CHANGES: dict[str, tuple[FirewallPlan, FirewallPlan, list[str]]] = {
 @pytest.mark.parametrize(("before", "after", "lines"), CHANGES.values(), ids=CHANGES.keys())
 def test_only_what_differs_is_sent(before: FirewallPlan, after: FirewallPlan, lines: list[str]) -> None:
     assert render(after, desired(before)).splitlines() == lines
+
+
+FROM_PLAN_TO_PLAN: dict[str, tuple[FirewallPlan, FirewallPlan, list[str]]] = {
+    "a node joins": (
+        plan(vteps=("192.0.2.2",)),
+        plan(vteps=("192.0.2.2", "2001:db8::3")),
+        ["add element inet podwire vteps6 { 2001:db8::3 }"],
+    ),
+    "one leaves as another joins": (
+        plan(vteps=("192.0.2.2", "192.0.2.3")),
+        plan(vteps=("192.0.2.3", "192.0.2.4")),
+        ["delete element inet podwire vteps4 { 192.0.2.2 }", "add element inet podwire vteps4 { 192.0.2.4 }"],
+    ),
+    "nothing": (plan(), plan(), []),
+    "another block, too: that is not for the short way": (plan(), plan(blocks=("10.244.9.0/24",), vteps=()), []),
+    "the peers were not known before": (plan(vteps=None), plan(), []),
+    "the peers are not known any more": (plan(), plan(vteps=None), []),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "lines"), FROM_PLAN_TO_PLAN.values(), ids=FROM_PLAN_TO_PLAN.keys())
+def test_nodes_that_come_and_go_need_no_listing(before: FirewallPlan, after: FirewallPlan, lines: list[str]) -> None:
+    assert render_vteps(before, after).splitlines() == lines
 
 
 def test_another_port_replaces_the_chains_and_keeps_the_elements() -> None:
