@@ -212,8 +212,7 @@ class Attachments:
                 raise CheckFailed(f"{call.key} is not attached")
             if self._is_stranded(attachment):
                 raise TryAgainLater(f"{call.key}: its block is not known yet: {self.waiting_for}")
-            expected = msgspec.structs.replace(attachment, mac=_previous_mac(call) or attachment.mac)
-            differences = await self._thread.run(self._wires.differences, expected, call.netns, self._gateways)
+            differences = await self._thread.run(self._wires.differences, attachment, call.netns, self._gateways)
         differences += _previous_differences(call, attachment)
         if differences:
             raise CheckFailed(f"{call.key}: {'; '.join(differences)}")
@@ -562,13 +561,12 @@ def _previous_differences(call: Call, attachment: Attachment) -> list[str]:
     found = [f"prevResult has no address {each}" for each in attachment.addresses if str(each) not in addresses]
     if attachment.key.ifname not in names:
         found.append(f"prevResult has no interface {attachment.key.ifname}")
-    return found
-
-
-def _previous_mac(call: Call) -> str:
-    """The MAC that the previous result gives the interface: a plugin after us may have changed it, and said so."""
-    interfaces = call.config.previous.interfaces if call.config.previous else ()
-    return next((each.mac.lower() for each in interfaces if each.name == call.ifname and each.sandbox), "")
+    return found + [
+        f"prevResult gives {each.name} the MAC {each.mac}, which a plugin after Podwire has set: what the pod sends is "
+        f"dropped, since it is bound to the MAC of its ADD, {attachment.mac}; ask for another one by the capability mac"
+        for each in previous.interfaces
+        if each.name == attachment.key.ifname and each.sandbox and each.mac.lower() not in ("", attachment.mac)
+    ]
 
 
 def _fields(attachment: Attachment) -> dict[str, str]:

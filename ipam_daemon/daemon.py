@@ -79,7 +79,14 @@ class Daemon:
         await self._agent.restore()
         await self._queue.replay()
         status = Status(
-            self._settings, self._agent, self._attachments, self._session, self._journal, self._metrics, self._queue
+            self._settings,
+            self._agent,
+            self._attachments,
+            self._session,
+            self._journal,
+            self._metrics,
+            self._queue,
+            lambda: self._thread.run(self._guard.dropped),
         )
         tools = AgentService(status.message, self._journal, self._inspection().run)
         server = make_server(self._settings.socket_path, self._calls, tools)

@@ -29,6 +29,9 @@ from ipam_daemon.plan import BridgePlan, VxlanPlan
 from ipam_daemon.rtnl import add_address
 
 _UP = "up"
+_FORWARDED_GROUPS = 0xFFF8
+"""The reserved addresses 01:80:c2:00:00:03 to :0f, as a mask: a bridge that keeps such a frame to itself learns its
+sender's MAC before anybody has looked at it (IEEE 802.1D, table 7-10; the kernel allows no mask for :00 to :02)."""
 
 
 class Devices:
@@ -49,6 +52,7 @@ class Devices:
                     address=plan.mac,
                     br_nf_call_iptables=1,
                     br_nf_call_ip6tables=1,
+                    br_group_fwd_mask=_FORWARDED_GROUPS,
                 )
                 # Until it has been set, a bridge's MTU follows its ports, and is another when the last one has gone.
                 # Setting what it has already does not count: it must not be made with this MTU (br_change_mtu).
@@ -62,6 +66,10 @@ class Devices:
             with naming(f"nf_call_iptables of {plan.name}"):
                 self._thread.host.link("set", index=index, kind="bridge", br_nf_call_iptables=1, br_nf_call_ip6tables=1)
             done.append(f"set nf_call_iptables of {plan.name}")
+        if data.get("br_group_fwd_mask") != _FORWARDED_GROUPS:
+            with naming(f"group_fwd_mask of {plan.name}"):
+                self._thread.host.link("set", index=index, kind="bridge", br_group_fwd_mask=_FORWARDED_GROUPS)
+            done.append(f"set group_fwd_mask of {plan.name}")
         for path, value in wanted_sysctls(plan).items():
             write_sysctl(path, value)
         done += self._ensure_common(index, link, plan.mac, plan.mtu, plan.addresses)

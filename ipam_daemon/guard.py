@@ -20,10 +20,11 @@ from collections.abc import Iterable, Sequence
 from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.model import Attachment
 from ipam_daemon.netlink import NetlinkThread, index_of, naming
-from ipam_daemon.nfelements import add, delete
+from ipam_daemon.nfelements import Family, Table, add, delete
 from ipam_daemon.nfnetlink import ElementRefused
 from ipam_daemon.spoofguard import COUNTED, SETS, TABLE, Element, elements, parse_shape, port_of, render, shape
 
+_FIREWALL = Table(Family.INET, "podwire")
 _NFT_SECONDS = 10.0
 
 
@@ -82,10 +83,14 @@ class SpoofGuard:
         return done + ([f"removed {len(unwanted)} elements of {TABLE}"] if unwanted else [])
 
     def dropped(self) -> dict[str, int]:
-        """Reason → frames that were dropped for it since the table was made. Raises PlumbingFailed."""
+        """Reason → frames that were dropped for it since the table was made; VXLAN is the node's firewall's.
+
+        Raises PlumbingFailed.
+        """
         with naming(f"reading counters of {TABLE}"):
-            found = self._thread.nftables.counters(TABLE)
-        return {name.removeprefix(COUNTED): packets for name, packets in found.items()}
+            nftables = self._thread.nftables
+            found = {**nftables.counters(_FIREWALL), **nftables.counters(TABLE)}
+        return {name.removeprefix(COUNTED): found[name] for name in found if name.startswith(COUNTED)}
 
     def _is_stale(self, element: Element) -> bool:
         """Those of a wire that is there and not known here are left: the journal may take it in yet."""

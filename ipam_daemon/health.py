@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -10,7 +10,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from ipam_daemon.metrics import Metrics
 
 
-def make_app(not_ready: Callable[[], list[str]], refresh: Callable[[], None], metrics: Metrics) -> web.Application:
+def make_app(
+    not_ready: Callable[[], list[str]], refresh: Callable[[], Awaitable[None]], metrics: Metrics
+) -> web.Application:
     """The web application. `not_ready` says why the node is not ready; `refresh` brings gauges up to date.
 
     `/healthz` answers 200 as long as the event loop turns; `/readyz` 200 while an ADD can succeed, 503 with the reasons
@@ -25,7 +27,7 @@ def make_app(not_ready: Callable[[], list[str]], refresh: Callable[[], None], me
         return web.Response(status=503 if reasons else 200, text="\n".join(reasons or ["ok"]) + "\n")
 
     async def scrape(_: web.Request) -> web.Response:
-        refresh()
+        await refresh()
         return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 _BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _RECENT = 300
@@ -24,6 +26,23 @@ class Repair(msgspec.Struct, frozen=True, kw_only=True):
     at: float
     what: str
     detail: str
+
+
+class KernelCounter(Collector):
+    """A counter that the kernel keeps: what was last read of it, by its label."""
+
+    def __init__(self, name: str, text: str, label: str, registry: CollectorRegistry) -> None:
+        self._family = (name, text, label)
+        self.values: Mapping[str, int] = {}
+        registry.register(self)
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """For the registry."""
+        name, text, label = self._family
+        family = CounterMetricFamily(name, text, labels=[label])
+        for value, number in self.values.items():
+            family.add_metric([value], number)
+        yield family
 
 
 class Metrics:
@@ -56,6 +75,12 @@ class Metrics:
         )
         self.releasing_wires = Gauge(
             "podwire_releasing_wires", "Wires waiting for their deletion", registry=self.registry
+        )
+        self.spoofed = KernelCounter(
+            "podwire_spoofed_packets",
+            "Frames of pods that were dropped because a pod may not send them",
+            "reason",
+            self.registry,
         )
         self.recent: deque[Repair] = deque(maxlen=_RECENT)
         """The last repairs, for status; the counters have no room for what exactly was done."""

@@ -21,6 +21,8 @@ from ipam_daemon.model import Address, Network
 from ipam_daemon.plan import BRIDGE, FirewallPlan
 
 TABLE = "inet podwire"
+POD_VXLAN = "dropped_vxlan"
+"""The counter of what pods sent as VXLAN."""
 _FAMILIES = {4: "ipv4_addr", 6: "ipv6_addr"}
 _SETS = {"local_blocks": "flags interval;", "unmasqueraded": "flags interval;", "vteps": ""}
 
@@ -96,15 +98,16 @@ def shape(mark: str, rules: int) -> str:
 
 def _rules(vxlan_port: int) -> list[str]:
     rules = []
-    dport = f"udp dport {vxlan_port} counter drop"
+    dport = f"udp dport {vxlan_port}"
+    of_pod, of_stranger = f"{dport} counter name {POD_VXLAN} drop", f"{dport} counter drop"
     for version in _FAMILIES:
         ip, kind = ("ip", "ipv4") if version == 4 else ("ip6", "ipv6")
         local, exempt, vteps = (f"@{set_name(name, version)}" for name in _SETS)
         rules += [
             f"postrouting {ip} saddr {local} {ip} daddr != {exempt} counter masquerade fully-random",
-            f'vxlan_guard iifname "{BRIDGE}" {ip} daddr {vteps} {dport}',
-            f'vxlan_guard iifname "{BRIDGE}" fib daddr type local meta nfproto {kind} {dport}',
-            f'vxlan_guard iifname != "lo" fib daddr type local {ip} saddr != {vteps} {dport}',
+            f'vxlan_guard iifname "{BRIDGE}" {ip} daddr {vteps} {of_pod}',
+            f'vxlan_guard iifname "{BRIDGE}" fib daddr type local meta nfproto {kind} {of_pod}',
+            f'vxlan_guard iifname != "lo" fib daddr type local {ip} saddr != {vteps} {of_stranger}',
         ]
     return rules
 
@@ -123,6 +126,7 @@ def _render_chains(vxlan_port: int, mark: str) -> list[str]:
     """The hash is the comment of a chain without a hook: nft 1.0.6 keeps no comment on a table that exists."""
     rules = _rules(vxlan_port)
     return [
+        f"add counter {TABLE} {POD_VXLAN}",
         f"add chain {TABLE} postrouting {{ type nat hook postrouting priority srcnat; policy accept; }}",
         f"add chain {TABLE} vxlan_guard {{ type filter hook prerouting priority raw; policy accept; }}",
         f"flush chain {TABLE} postrouting",
