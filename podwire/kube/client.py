@@ -35,6 +35,9 @@ from podwire.kube.source import Observer, Silent
 
 LARGEST = 256 << 20  # bytes of an answer that is read as a whole
 _BURST = 1 << 20  # bytes that are read ahead, and so decoded in one go: 10 ms
+_TLS_DOUBT = (
+    " (is our certificate missing, or has it expired, or does the server not know its CA? TLS 1.3 says no more)"
+)
 _ERROR_BYTES = 1 << 16
 _FIRST_SERVER_ERROR = 500
 
@@ -167,7 +170,9 @@ class Client:
         except (aiohttp.ClientConnectorError, aiohttp.ClientSSLError) as error:
             raise self.failed(server, "no connection", _words(error), started) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise self.failed(server, "no answer", _words(error), started) from error
+            secure = server.startswith("https:") and isinstance(error, aiohttp.ServerDisconnectedError)
+            doubt = _TLS_DOUBT if secure else ""
+            raise self.failed(server, "no answer", _words(error) + doubt, started) from error
         if response.ok and response.status < 300:
             self.observer.attempt(server, "ok", self.clock.now() - started)
             self.connected, self.last_error = True, ""

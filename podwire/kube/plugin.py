@@ -86,17 +86,40 @@ def understood(plugin: ExecPlugin, output: bytes) -> Issued:
     return Issued(token=status.token or "", certificate=certificate, key=key, until=until)
 
 
+class _Conversation(asyncio.SubprocessProtocol):
+    """Collects what a program prints. `ended` is done when it has exited and nobody holds its output any more."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.printed = {1: bytearray(), 2: bytearray()}
+        self.exited: asyncio.Future[None] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """What is beyond the bound is dropped, so that the program does not block."""
+        kept = self.printed[fd]
+        kept += data[: max(0, _MOST - len(kept))]
+
+    def process_exited(self) -> None:
+        """It has ended; what it started may still hold its output."""
+        self.exited.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 (pipes say nothing else)
+        """All is over."""
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+
 async def run(plugin: ExecPlugin, environ: Mapping[str, str], within: float = RUN_S) -> Issued:
     """Asks the plugin. Raises CredentialsUnavailable."""
     environment = {**environ, **dict(plugin.env), "KUBERNETES_EXEC_INFO": question(plugin)}
     try:
-        process = await asyncio.create_subprocess_exec(
+        process, talk = await asyncio.get_running_loop().subprocess_exec(
+            _Conversation,
             plugin.command,
             *plugin.args,
             env=environment,
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
         )
     except (OSError, ValueError) as error:
@@ -105,25 +128,16 @@ async def run(plugin: ExecPlugin, environ: Mapping[str, str], within: float = RU
         raise CredentialsUnavailable(f"{plugin.command}: cannot be run: {reason}{hint}") from error
     try:
         async with asyncio.timeout(within):
-            output, errors, code = await asyncio.gather(
-                _bounded(process.stdout), _bounded(process.stderr), process.wait()
-            )
+            await talk.ended
     except TimeoutError as error:
         raise CredentialsUnavailable(f"{plugin.command}: no answer within {within:g} s") from error
     finally:
         with suppress(ProcessLookupError):  # whatever it started and left
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+            os.killpg(process.get_pid(), signal.SIGKILL)
+        process.close()
+        await talk.exited
+    code = process.get_returncode()
     if code:
-        words = " ".join(errors.decode("utf-8", "replace").split())[-_QUOTED:]
+        words = " ".join(talk.printed[2].decode("utf-8", "replace").split())[-_QUOTED:]
         raise CredentialsUnavailable(f"{plugin.command}: exit code {code}{': ' if words else ''}{words}")
-    return understood(plugin, output)
-
-
-async def _bounded(stream: asyncio.StreamReader | None) -> bytes:
-    """All that comes; what is beyond the bound is read and dropped, so that the program does not block."""
-    assert stream is not None
-    kept = bytearray()
-    while data := await stream.read(1 << 16):
-        kept += data[: max(0, _MOST - len(kept))]
-    return bytes(kept)
+    return understood(plugin, bytes(talk.printed[1]))
