@@ -1,6 +1,7 @@
 """What etcd, journal, kernel and runtime say of one node, side by side: facts in, named differences out. Pure.
 
     wires       journal ↔ kernel ↔ runtime      every row has its wire, every wire its row, every wire its pod
+    sandboxes   journal ↔ runtime               if it is asked: every row has its sandbox, every ready one its row
     addresses   journal ↔ journal ↔ allocator   each is somebody's, nobody's twice, and of a block of this node
     blocks      journal ↔ etcd                  and no other node's
     the name    daemon ↔ etcd                   the record says what the node is, the live key that it lives
@@ -28,7 +29,7 @@ from ipam_daemon.model import Address, Attachment, AttachmentState
 from ipam_daemon.plan import BRIDGE, alias_of, attachment_of, is_same_wire
 
 UNFINISHED_S = 60.0
-"""Seconds after which an ADD that is still under way is told of."""
+"""Seconds after which an ADD that is still under way is told of, and a sandbox is missed."""
 _OUR_NAME = re.compile(r"pw[0-9a-f]{12}\Z")
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -101,6 +102,18 @@ KINDS: dict[str, Kind] = {
         "the wire of a DEL that was answered cannot be deleted, or left the group of wires to delete",
         "takes it down and deletes it; until it is gone its address is nobody's",
     ),
+    # sandboxes
+    "runtime-unreachable": Kind(
+        "the container runtime did not answer", advice="look at the endpoint, and at the runtime"
+    ),
+    "sandbox-gone": Kind(
+        "the runtime removed the sandbox without a DEL, or its DEL was lost",
+        "does what the DEL would have done, if two looks have missed the sandbox",
+    ),
+    "sandbox-unattached": Kind(
+        "the sandbox was set up by another plugin or before Podwire, or its DEL was done and it goes on",
+        advice="recreate the pod: it has no address of this node",
+    ),
     # addresses
     "address-twice": Kind(
         "two rows have one address, which no allocation does: the journal was changed or rebuilt from damaged wires",
@@ -156,7 +169,7 @@ KINDS: dict[str, Kind] = {
 
 def compare(facts: Facts) -> tuple[Difference, ...]:
     """Everything that differs, in the order of the table above."""
-    parts = (_wires, _rows, _addresses, _blocks, _name, _node, _queue)
+    parts = (_wires, _rows, _sandboxes, _addresses, _blocks, _name, _node, _queue)
     return tuple(difference for part in parts for difference in part(facts))
 
 
@@ -235,6 +248,25 @@ def _wire_of(facts: Facts, row: Attachment, link: Link) -> Iterator[Difference]:
     elif name in facts.runtime.changed:
         changed = "; ".join(facts.runtime.changed[name])
         yield _difference("pod-changed", name, journal=_pod(row), runtime=changed)
+
+
+def _sandboxes(facts: Facts) -> Iterator[Difference]:
+    """Only rows of which the runtime has named the pod are a kubelet's: others (`ctr run --cni`) have no sandbox. Nor
+    are young ones compared: a runtime lists a sandbox when it has started, which comes after its network."""
+    if facts.runtime.error:
+        yield _difference("runtime-unreachable", "runtime", runtime=facts.runtime.error)
+    if facts.runtime.sandboxes is None:
+        return
+    known = {each.id for each in facts.runtime.sandboxes}
+    for row in facts.journal.attachments:
+        settled = row.state is AttachmentState.ATTACHED and facts.now - row.created > UNFINISHED_S
+        if settled and row.pod.name and row.key.container_id not in known:
+            yield _difference("sandbox-gone", row.host_ifname, journal=_pod(row), runtime="no such sandbox")
+    attached = {row.key.container_id for row in facts.journal.attachments}
+    attached |= {key.container_id for key in facts.in_flight}
+    for sandbox in facts.runtime.sandboxes:
+        if sandbox.ready and sandbox.own_network and sandbox.id not in attached:
+            yield _difference("sandbox-unattached", sandbox.id, runtime=f"ready ({sandbox.pod})", journal="no row")
 
 
 # --- addresses and blocks -------------------------------------------------------------------------------------------

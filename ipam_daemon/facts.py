@@ -64,6 +64,16 @@ class Registered(msgspec.Struct, frozen=True, kw_only=True):
     live: str = ""
 
 
+class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
+    """A pod sandbox as the container runtime tells of it. `pod` is "namespace/name"; `own_network` is False when it is
+    the node's, and is asked only of those that are ready and have no attachment."""
+
+    id: str
+    ready: bool
+    pod: str = ""
+    own_network: bool = True
+
+
 class Runtime(msgspec.Struct, frozen=True, kw_only=True):
     """By the name of the host's end of the wire. `gone`: why the attachment's path leads to no namespace; `changed`:
     what is not as ADD left it inside. Attachments that were rebuilt from the kernel have no path, and are in neither.
@@ -71,6 +81,10 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True):
 
     gone: Mapping[str, str] = {}
     changed: Mapping[str, tuple[str, ...]] = {}
+    sandboxes: tuple[Sandbox, ...] | None = None
+    """None when nobody asked the runtime."""
+    error: str = ""
+    """Why it gave no answer."""
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 
 import msgspec
 
@@ -27,8 +28,9 @@ from ipam_daemon.audit import KINDS, Difference, compare, is_stranded, lasting
 from ipam_daemon.delqueue import DelQueue
 from ipam_daemon.devices import wanted_sysctls
 from ipam_daemon.errors import CniError
-from ipam_daemon.facts import Facts, Journaled, Kernel, Registered, Runtime
+from ipam_daemon.facts import Facts, Journaled, Kernel, Registered, Runtime, Sandbox
 from ipam_daemon.firewall import Firewall
+from ipam_daemon.identity import boottime_ns
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Attachment, AttachmentState
@@ -36,6 +38,7 @@ from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.nodes import read_registered
 from ipam_daemon.readback import read_kernel
 from ipam_daemon.reconcile import Reconciler
+from ipam_daemon.sandboxes import list_sandboxes
 from ipam_daemon.wires import Wires
 from podwire.errors import PodwireError
 from podwire.etcd import EtcdSession
@@ -84,10 +87,15 @@ class Inspection:
         self._metrics = metrics
         self._firewall = firewall or Firewall()
         self._lock = asyncio.Lock()
+        self._runtime_endpoint = ""  # of the inspection under way
 
-    async def run(self, fix: bool) -> Outcome:
-        """Looks, and repairs if asked to. Raises a CniError when the kernel cannot be read."""
+    async def run(self, fix: bool, runtime_endpoint: str = "") -> Outcome:
+        """Looks, and repairs if asked to. The runtime's sandboxes are compared, too, if it is said where it is.
+
+        Raises a CniError when the kernel cannot be read.
+        """
         async with self._lock:
+            self._runtime_endpoint = runtime_endpoint
             found = await self.look()
             if found:
                 await asyncio.sleep(_BETWEEN)
@@ -126,6 +134,7 @@ class Inspection:
         self._attachments.recount()
         if any(each.kind in _MISCOUNTED for each in found):
             done.append("counted the addresses again from the journal")
+        done += await self._forget_sandboxless(found)
         replayed = await self._attempt("replaying the queue", self._queue.replay)
         if replayed:
             done.append(f"replayed {replayed} queued DELs")
@@ -137,6 +146,18 @@ class Inspection:
             await self._attempt("deleting wires", self._attachments.reap)
         done += [each.detail for each in self._metrics.recent if each not in before]
         return tuple(done)
+
+    async def _forget_sandboxless(self, found: Iterable[Difference]) -> list[str]:
+        """Does for an attachment whose sandbox both looks have missed what the runtime's GC would do."""
+        gone = {each.subject for each in found if each.kind == "sandbox-gone"}
+        done = []
+        for row in self._journal.attachments():
+            if row.host_ifname in gone and await self._attempt(
+                "removing an attachment", partial(self._attachments.forget, row, boottime_ns())
+            ):
+                self._metrics.repairs.labels("sandbox-gone").inc()
+                done.append(f"removed {row.key}, whose sandbox is gone")
+        return done
 
     async def _attempt(self, what: str, act: Callable[[], Awaitable[object]]) -> object:
         try:
@@ -199,7 +220,18 @@ class Inspection:
                 found = await self._inside(row)
                 if found:
                     changed[row.host_ifname] = tuple(found)
-        return Runtime(gone=gone, changed=changed)
+        sandboxes, error = await self._sandboxes(facts)
+        return Runtime(gone=gone, changed=changed, sandboxes=sandboxes, error=error)
+
+    async def _sandboxes(self, facts: Facts) -> tuple[tuple[Sandbox, ...] | None, str]:
+        """What the runtime has, if it is to be asked, and why it did not answer."""
+        if not self._runtime_endpoint:
+            return None, ""
+        try:
+            rows = {row.key.container_id for row in facts.journal.attachments}
+            return await list_sandboxes(self._runtime_endpoint, rows), ""
+        except PodwireError as error:
+            return None, str(error)
 
     async def _inside(self, row: Attachment) -> list[str]:
         try:

@@ -96,7 +96,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self,
         status: Callable[[], agent_pb2.GetStatusResponse],
         journal: Journal,
-        inspect: Callable[[bool], Awaitable[Outcome]] | None = None,
+        inspect: Callable[[bool, str], Awaitable[Outcome]] | None = None,
     ) -> None:
         """`inspect` looks at the node from all sides, and repairs when it is given True."""
         self._status = status
@@ -136,7 +136,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this daemon does not look at itself")
             raise AssertionError
         try:
-            outcome = await asyncio.shield(asyncio.ensure_future(self._inspect(request.fix)))
+            outcome = await asyncio.shield(asyncio.ensure_future(self._inspect(request.fix, request.runtime_endpoint)))
         except PodwireError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
             raise

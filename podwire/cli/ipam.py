@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "compare what etcd, journal, kernel and runtime say about this node"
     check = verbs.add_parser("check", help=text, description=f"{text}. Exits with 0 when nothing differs, else with 1.")
     check.add_argument("--fix", action="store_true", help="repair what can be repaired, and say what was done")
+    check.add_argument(
+        "--runtime-endpoint",
+        default="",
+        metavar="URL",
+        help="ask the container runtime for its sandboxes, too: unix:///run/containerd/containerd.sock",
+    )
     add_output(check)
     add_socket(check)
 
@@ -32,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints what differs. Returns 0 when nothing does (any more), 1 otherwise. Raises TryAgain without a daemon."""
     with agent(arguments.socket) as stub:
-        answer = stub.Audit(agent_pb2.AuditRequest(fix=arguments.fix), timeout=_SECONDS)
+        answer = stub.Audit(
+            agent_pb2.AuditRequest(fix=arguments.fix, runtime_endpoint=arguments.runtime_endpoint), timeout=_SECONDS
+        )
     if arguments.output == "json":
         print(json.dumps(MessageToDict(answer, always_print_fields_with_no_presence=True), indent=2))
     else:

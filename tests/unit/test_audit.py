@@ -13,7 +13,7 @@ import pytest
 
 from ipam_daemon import ruleset
 from ipam_daemon.audit import KINDS, compare, lasting
-from ipam_daemon.facts import Facts, Journaled, Kernel, Link, Registered, Runtime
+from ipam_daemon.facts import Facts, Journaled, Kernel, Link, Registered, Runtime, Sandbox
 from ipam_daemon.model import (
     Attachment,
     AttachmentKey,
@@ -56,6 +56,10 @@ def row(number: int, **changes: Any) -> Attachment:
         created_ns=number,
     )
     return msgspec.structs.replace(made, **changes)
+
+
+def sandbox(name: str, ready: bool = True, own_network: bool = True) -> Sandbox:
+    return Sandbox(id=name, ready=ready, pod=f"default/{name}", own_network=own_network)
 
 
 def wire(attachment: Attachment, **changes: Any) -> Link:
@@ -199,6 +203,34 @@ STORIES: dict[str, tuple[Change, set[tuple[str, str]]]] = {
     ),
     "a wire that is being deleted and is gone": (where("journal", releasing={UNKNOWN.host_ifname: ()}), set()),
     # addresses
+    "a runtime that was asked and has all": (where("runtime", sandboxes=(sandbox("c3"), sandbox("c4"))), set()),
+    "a runtime that does not answer": (
+        where("runtime", error="connection refused"),
+        {("runtime-unreachable", "runtime")},
+    ),
+    "an attachment whose sandbox is gone": (
+        where("runtime", sandboxes=(sandbox("c3"),)),
+        {("sandbox-gone", ROWS[1].host_ifname)},
+    ),
+    "a sandbox that is stopped has its attachment still": (
+        where("runtime", sandboxes=(sandbox("c3", ready=False), sandbox("c4"))),
+        set(),
+    ),
+    "attachments that are no sandbox's": (
+        both(rows(row(3, pod=PodRef()), row(4, created=NOW - 5)), where("runtime", sandboxes=())),
+        set(),
+    ),
+    "a ready sandbox without attachment": (
+        where("runtime", sandboxes=(sandbox("c3"), sandbox("c4"), sandbox("c9"))),
+        {("sandbox-unattached", "c9")},
+    ),
+    "sandboxes that need none": (
+        where(
+            "runtime",
+            sandboxes=(sandbox("c3"), sandbox("c4"), sandbox("h", own_network=False), sandbox("s", ready=False)),
+        ),
+        set(),
+    ),
     "two rows with one address": (
         both(rows(*ROWS, row(9, addresses=ROWS[0].addresses)), links(wire(row(9, addresses=ROWS[0].addresses)))),
         {("address-twice", str(ADDRESS_3))},
