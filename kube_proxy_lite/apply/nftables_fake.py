@@ -145,6 +145,6 @@ def _add(elements: dict[str, str], name: str, key: str, value: str) -> None:
         for other in elements:
             its_place, _, its_network = other.rpartition(" . ")
             first, second = ipaddress.ip_network(network), ipaddress.ip_network(its_network)
-            if its_place == place and first.version == second.version and first.overlaps(second):  # type: ignore[arg-type]
+            if its_place == place and first.version == second.version and first.overlaps(second):
                 raise ApplyFailed(f"{name}: {key} overlaps {other}")
     elements[key] = value

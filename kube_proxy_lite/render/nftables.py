@@ -335,13 +335,11 @@ def _forget(table: str, old: Placed, new: Placed | None) -> list[Stale]:
 
 
 def _choices(placed: Placed, frontend: Frontend) -> set[tuple[str, str]]:
-    """The endpoints that a frontend may lead to, with the choice that they are from."""
-    found = set()
-    if not (frontend.local and frontend.kind is FrontendKind.CLUSTER_IP):
-        found |= {("cluster", endpoint) for endpoint in placed.cluster}
-    if frontend.local:
-        found |= {("local", endpoint) for endpoint in placed.local}
-    return found
+    """The endpoints that a frontend may lead to, with for whom: everybody, or clients inside and outside."""
+    if frontend.kind is FrontendKind.CLUSTER_IP:
+        return {("all", endpoint) for endpoint in (placed.local if frontend.local else placed.cluster)}
+    outside = placed.local if frontend.local else placed.cluster
+    return {("inside", each) for each in placed.cluster} | {("outside", each) for each in outside}
 
 
 def _slots_by_place(listing: TableListing) -> dict[tuple[str, str], dict[int, str]]:
