@@ -118,6 +118,12 @@ def underlay_of(address: str) -> Network:
     return next(network for network in UNDERLAYS[found.version] if found in network)
 
 
+def link_local(address: str) -> Address:
+    """A link-local address that no other host of the underlay has."""
+    segment = UNDERLAYS[6].index(underlay_of(address))
+    return ipaddress.IPv6Address("fe80::") + (segment << 16) + int(ipaddress.ip_address(address)) % (1 << 16)
+
+
 def url_host(address: str) -> str:
     """An address as it is written in a URL."""
     return f"[{address}]" if ":" in address else address

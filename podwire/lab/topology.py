@@ -52,12 +52,16 @@ def segments(state: LabState) -> int:
 
 
 def _host_commands(addresses: Sequence[str], *, router: bool = False) -> tuple[str, ...]:
-    """Nobody else has the addresses, so there is no wait for that to be found out."""
-    commands = ["link set lo up", "link set eth0 up"]
+    """Nobody else has the addresses, so there is no wait for that to be found out; nor with the link-local one, without
+    which a host finds none of its neighbours."""
+    commands = ["link set lo up", "link set eth0 addrgenmode none", "link set eth0 up"]
     for address in addresses:
         network = names.underlay_of(address)
         nodad = " nodad" if network.version == 6 else ""
         commands.append(f"address add {address}/{network.prefixlen} dev eth0{nodad}")
+    six = [address for address in addresses if ":" in address]
+    if six:
+        commands.append(f"address add {names.link_local(six[0])}/64 dev eth0 nodad")
     if not router:
         networks = [names.underlay_of(address) for address in addresses]
         gateways = [names.outside_address(n.version, names.UNDERLAYS[n.version].index(n)) for n in networks]
