@@ -35,11 +35,8 @@ from podwire.kube.source import Observer, Silent
 
 LARGEST = 256 << 20  # bytes of an answer that is read as a whole
 _BURST = 1 << 20  # bytes that are read ahead, and so decoded in one go: 10 ms
-_TLS_DOUBT = (
-    " (is our certificate missing, or has it expired, or does the server not know its CA? TLS 1.3 says no more)"
-)
+_TLS_DOUBT = " (is our certificate missing, or has it expired, or does the server not know its CA?)"
 _ERROR_BYTES = 1 << 16
-_FIRST_SERVER_ERROR = 500
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):

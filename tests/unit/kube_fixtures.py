@@ -153,6 +153,7 @@ class Mirror(Generic[T]):
     def __init__(self) -> None:
         self.objects: dict[Key, T] = {}
         self.batches: list[Batch[T]] = []
+        self.error: Exception | None = None
         self._changed = asyncio.Condition()
 
     @property
@@ -177,16 +178,26 @@ class Mirror(Generic[T]):
             self.objects.pop(key, None)
 
     async def follow(self, source: Source, wanted: Wanted[T]) -> None:
-        async with aclosing(source.follow(wanted)) as batches:
-            async for batch in batches:
-                self.take(batch)
-                async with self._changed:
-                    self._changed.notify_all()
+        try:
+            async with aclosing(source.follow(wanted)) as batches:
+                async for batch in batches:
+                    self.take(batch)
+                    await self._tell()
+        except Exception as error:
+            self.error = error
+            await self._tell()
+            raise
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Waits until a condition on this mirror holds."""
+        """Waits until a condition on this mirror holds. Raises what ended its following."""
         async with self._changed:
-            await self._changed.wait_for(holds)
+            await self._changed.wait_for(lambda: self.error is not None or holds())
+        if self.error is not None:
+            raise self.error
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
 
 
 @asynccontextmanager
@@ -199,8 +210,8 @@ async def mirrored(source: Source, wanted: Wanted[T]) -> AsyncIterator[Mirror[T]
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        if not task.cancelled():
-            task.result()
+    if not task.cancelled():
+        task.result()
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
