@@ -12,7 +12,6 @@ import ipaddress
 import os
 import socket
 import struct
-from typing import Any
 
 from podwire import netns
 
@@ -60,9 +59,9 @@ def _open(path: str, ifname: str) -> Raw:
     return Raw(sock)
 
 
-async def raw(place: Any, ifname: str = "eth0") -> Raw:
-    """A raw socket in the namespace of `place`, opened on a thread that does nothing else meanwhile."""
-    return await asyncio.to_thread(_open, place.path, ifname)
+async def raw(netns_path: str, ifname: str = "eth0") -> Raw:
+    """A raw socket in a namespace, opened on a thread that does nothing else meanwhile."""
+    return await asyncio.to_thread(_open, netns_path, ifname)
 
 
 # --- what is sent ---------------------------------------------------------------------------------------------------
@@ -131,7 +130,9 @@ def arp(operation: int, mac: str, sender: str, target: str, target_mac: str = "0
 
 def checksum(data: bytes) -> int:
     """The Internet checksum (RFC 1071)."""
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data[: len(data) & ~1])) + (data[-1] << 8 if len(data) % 2 else 0)
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data[: len(data) & ~1])) + (
+        data[-1] << 8 if len(data) % 2 else 0
+    )
     while total > 0xFFFF:
         total = (total & 0xFFFF) + (total >> 16)
     return 0xFFFF - total

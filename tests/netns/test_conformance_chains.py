@@ -74,7 +74,7 @@ def runtime(it: Contender, folder: Path, bin_dir: Path, *names: str) -> Runtime:
 
 def attachment(box: Container) -> Attachment:
     mapping = [{"hostPort": HOST_PORT, "containerPort": 80, "protocol": "tcp"}]
-    return Attachment(container_id=box.name, netns=box.netns, capabilities=(("portMappings", mapping),))
+    return Attachment(container_id=box.name, netns=box.netns, capabilities=(("portMappings", mapping), ("mac", MAC)))
 
 
 async def check(runtime: Runtime, folder: Path, about: Attachment, result: Mapping[str, Any]) -> None:
@@ -134,6 +134,25 @@ def test_everything_that_is_chained_takes_effect_and_goes(
     it.wait_held(before[0])
     assert (it.held(), it.on_node("ip", "-br", "link", "show", "type", "ifb"), rules(it)) == before
     asyncio.run(listed.delete(about, result))
+
+
+@pytest.mark.parametrize("it", [("podwire", "1.0.0")], indirect=True)
+def test_a_mac_that_tuning_changes_cuts_the_pod_off_and_check_says_so(
+    it: Contender, bin_dir: Path, box: Container, tmp_path: Path
+) -> None:
+    """Podwire has answered when tuning sets it. Asked for by the capability, as above, it is Podwire's own, too."""
+    before, about = it.held(), Attachment(container_id=box.name, netns=box.netns)
+    listed = runtime(it, tmp_path, bin_dir, "podwire", "tuning")
+    result = asyncio.run(listed.add(about))
+    assert result["interfaces"][1]["mac"] == MAC
+    gateway = result["ips"][0]["gateway"]
+    assert box.run("ping", "-n", "-c", "1", "-W", "1", gateway).returncode != 0
+    assert "counter packets 0" not in it.on_node("nft", "list", "counter", "bridge", "podwire", "dropped_mac")
+    with pytest.raises(CniError, match="bound to the MAC of its ADD") as caught:
+        asyncio.run(check(listed, tmp_path, about, result))
+    assert caught.value.code == 103
+    asyncio.run(listed.delete(about, result))
+    it.wait_held(before)
 
 
 @pytest.mark.parametrize("plugin", ["portmap", "bandwidth"])

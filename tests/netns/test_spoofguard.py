@@ -113,7 +113,7 @@ async def guarded() -> AsyncIterator[tuple[Stage, Raw, Raw]]:
     async with stage() as it:
         await it.ensure()
         await it.attach(it.first, it.second)
-        mouth, ear = await raw(it.a), await raw(it.b)
+        mouth, ear = await raw(it.a.path), await raw(it.b.path)
         try:
             yield it, mouth, ear
         finally:
@@ -322,7 +322,7 @@ def test_without_the_guard_the_spoofs_arrive() -> None:
         async with stage() as it:
             await it.node.thread.run(Wires(it.node.thread).attach, it.first, GATEWAYS)
             await it.node.thread.run(Wires(it.node.thread).attach, it.second, GATEWAYS)
-            mouth, ear = await raw(it.a), await raw(it.b)
+            mouth, ear = await raw(it.a.path), await raw(it.b.path)
             silent = set()
             for name, (frame, _) in (SPOOFS | ARPS | NEIGHBOURS).items():
                 mouth.send(frame)
@@ -350,7 +350,7 @@ def test_no_spoof_reaches(place: str, target: str) -> None:
     async def story() -> None:
         async with guarded() as (it, mouth, _):
             it.outside.ip("route", "add", str(CIDR), "via", "192.0.2.1")
-            ear = await (raw(it.node, "pw0") if target == NODE else raw(it.outside, "under0"))
+            ear = await (raw(it.node.path, "pw0") if target == NODE else raw(it.outside.path, "under0"))
             await eventually(lambda: it.a.pings(target))
             for source, mac in ((NEIGHBOUR, MY_MAC), (STRANGER, MY_MAC), (ME, ITS_MAC), (NODE, NODE_MAC)):
                 mouth.send(ethernet(mac, NODE_MAC, frames.IPV4, udp(source, target, TOKEN)))
