@@ -169,11 +169,14 @@ def test_up_that_fails_says_why_and_leaves_nothing(name: str, tmp_path: Path, br
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--backend", "direct"], "--backend direct is not there yet; there is vxlan"),
+        (["--backend", "geneve"], "--backend geneve: expected one of vxlan, direct, auto"),
         (["--proxy", "nftables"], "--proxy nftables is not there yet; there is none"),
         (["--kube-apiserver", "/bin/true"], "--kube-apiserver /bin/true is not there yet"),
         (["--pod-cidr", "10.244.0.1/16"], "has host bits set"),
-        (["--pod-cidr", "fd00::/48"], "IPv6 is not there yet"),
+        (["--pod-cidr", "10.0.0.0/16,10.9.0.0/16"], "expected at most one network of each family"),
+        (["--pod-cidr", "fd00:172::/32"], "overlaps the lab's underlay, fd00:172:31::/64"),
+        (["--segments", "3"], "a lab has 1 to 2 segments, not 3"),
+        (["--service-cidr", "fd00::/108"], "IPv6 is not there yet"),
         (["--pod-cidr", "172.31.0.0/16"], "overlaps the lab's underlay"),
         (["--nodes", "0"], "a lab has 1 to 99 nodes, not 0"),
         (["--name", "Big_Lab"], "lab name 'Big_Lab'"),

@@ -334,3 +334,42 @@ class Queue(RuleBasedStateMachine):
 
 TestQueue = Queue.TestCase
 TestQueue.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+
+
+LARGE = {
+    "as many as Kubernetes gives a node": "fd00:1::/64",
+    "65,536": "fd00:1::/112",
+    "a /16 of IPv4": "10.9.0.0/16",
+}
+
+
+@pytest.mark.parametrize("cidr", LARGE.values(), ids=LARGE.keys())
+def test_a_large_block_is_not_enumerated(cidr: str) -> None:
+    network = ipaddress.ip_network(cidr)
+    it = allocator(cidr)
+    assert it.use(0)[0].free == network.num_addresses - len(Layout.of(network).reserved)
+    first = take(it, 3)
+    assert first == [f"{network[number]}/{network.prefixlen}" for number in (3, 4, 5)]
+    free(it, first[0], until=0.0)
+    assert take(it, 1) == [f"{network[6]}/{network.prefixlen}"], "what was freed comes last"
+    wanted = network[network.num_addresses - 2]
+    assert str(it.allocate(0, [wanted])[0].ip) == str(wanted)
+    block = it.add_block(Block(cidr=network, pool="default", node="node-1", node_id="id-1", generation=1))
+    block.restore([network[8]], [], {}, network[6])
+    assert take(it, 2) == [f"{network[number]}/{network.prefixlen}" for number in (7, 9)], "rotation goes on"
+
+
+def test_what_was_asked_for_and_freed_waits_for_its_turn() -> None:
+    it = allocator("10.0.0.0/29")
+    asked = it.allocate(0, [ipaddress.ip_address("10.0.0.5")])
+    it.release(asked)
+    it.cool(asked, until=0.0)
+    assert take(it, 4, now=1.0) == [f"10.0.0.{number}/29" for number in (3, 4, 6, 5)]
+
+
+def test_a_family_of_which_the_node_has_no_block_yet() -> None:
+    it = allocator("10.0.0.0/29")
+    it.families = frozenset({4, 6})
+    with pytest.raises(Exhausted, match="this node has no block of IPv6 addresses"):
+        it.allocate(0)
+    assert it.use(0)[0].used == 0

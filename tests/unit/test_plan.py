@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipam_daemon.cni import Call, NetworkConfig
+from ipam_daemon.errors import TryAgainLater
 from ipam_daemon.model import (
     Attachment,
     AttachmentKey,
     AttachmentState,
     Backend,
+    BackendType,
     Block,
     ClusterConfig,
     NodeRecord,
@@ -31,6 +33,7 @@ from ipam_daemon.plan import (
     mac_of,
     plan_attachment,
     plan_node,
+    plan_peers,
     plan_record,
 )
 
@@ -81,6 +84,84 @@ def test_a_peer_with_two_blocks_has_one_vtep() -> None:
     assert peers is not None
     assert {str(each) for each in peers.routes} == {"10.244.2.0/24", "10.244.9.0/24"}
     assert len(peers.neighbours) == len(peers.fdb) == 1
+
+
+def node(number: int, *families: int, segment: int = 0) -> NodeRecord:
+    """Node <number> with an address and a block of each of these families, on 192.0.<segment>.0/24 and its like."""
+    addresses = {4: f"192.0.{segment}.{number}", 6: f"2001:db8:{segment}::{number}"}
+    cidrs = {4: f"10.244.{number}.0/24", 6: f"fd00:10:244:{number}::/64"}
+    made = record(number, *(cidrs[family] for family in families))
+    return msgspec.structs.replace(made, addresses=tuple(ipaddress.ip_address(addresses[each]) for each in families))
+
+
+ON_LINK = {ipaddress.ip_network("192.0.0.0/24"): "eth0", ipaddress.ip_network("2001:db8:0::/64"): "eth0"}
+WAYS = {  # peer, backend → device and gateway of its routes
+    "VXLAN, whoever is near": (node(2, 4, 6), "vxlan", {"pw-vxlan via 10.244.2.2", "pw-vxlan via fd00:10:244:2::2"}),
+    "direct to a node on the same network": (node(2, 4, 6), "direct", {"eth0 via 192.0.0.2", "eth0 via 2001:db8::2"}),
+    "no way directly to a node on another network": (node(2, 4, 6, segment=1), "direct", set()),
+    "auto to a node on the same network": (node(2, 4, 6), "auto", {"eth0 via 192.0.0.2", "eth0 via 2001:db8::2"}),
+    "auto to a node on another network": (node(2, 4, segment=1), "auto", {"pw-vxlan via 10.244.2.2"}),
+    "auto, one family near and one far": (
+        msgspec.structs.replace(
+            node(2, 4, 6), addresses=tuple(map(ipaddress.ip_address, ("192.0.0.2", "2001:db8:9::2")))
+        ),
+        "auto",
+        {"eth0 via 192.0.0.2", "pw-vxlan via fd00:10:244:2::2"},
+    ),
+    "auto, an IPv6 pod on nodes that have IPv4 alone": (
+        msgspec.structs.replace(node(2, 4, 6), addresses=(ipaddress.ip_address("192.0.0.2"),)),
+        "auto",
+        {"eth0 via 192.0.0.2", "pw-vxlan via fd00:10:244:2::2"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("peer", "backend", "ways"), WAYS.values(), ids=WAYS.keys())
+def test_the_way_to_a_peer(peer: NodeRecord, backend: str, ways: set[str]) -> None:
+    got = plan_peers([peer], BackendType(backend), ON_LINK, 4)
+    assert {f"{route.device} via {route.gateway}" for route in got.routes.values()} == ways
+    assert all(route.onlink == (route.device == "pw-vxlan") for route in got.routes.values())
+    tunnelled = {route.gateway for route in got.routes.values() if route.onlink}
+    assert got.neighbours == dict.fromkeys(tunnelled, peer.vtep_mac)
+    assert len(got.fdb) == bool(tunnelled)
+
+
+def test_the_outer_packet_is_of_this_nodes_family() -> None:
+    peer = node(2, 4, 6)
+    for family in (4, 6):
+        (end,) = plan_peers([peer], BackendType.VXLAN, {}, family).fdb.values()
+        assert end.version == family
+    assert plan_peers([node(2, 4)], BackendType.VXLAN, {}, 6) == plan_peers([])
+
+
+MTUS_OF_BACKENDS = {
+    "direct has the underlay's whole": ("direct", (4,), 1500, 0, (1500, 1450)),
+    "auto has what VXLAN leaves": ("auto", (4,), 1500, 0, (1450, 1450)),
+    "VXLAN over IPv6": ("vxlan", (6,), 1500, 0, (1430, 1430)),
+    "what the configuration says goes first": ("direct", (4,), 1500, 1400, (1400, 1400)),
+    "a VXLAN device with IPv6 has no less than it needs": ("direct", (6,), 1300, 0, (1300, 1280)),
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "families", "underlay", "mtu", "wanted"), MTUS_OF_BACKENDS.values(), ids=MTUS_OF_BACKENDS.keys()
+)
+def test_mtus(backend: str, families: tuple[int, ...], underlay: int, mtu: int, wanted: tuple[int, int]) -> None:
+    mine = node(1, *families)
+    config = ClusterConfig(pools=CONFIG.pools, backend=Backend(type=BackendType(backend)))
+    got = plan_node(config, mine, [block(str(cidr)) for cidr in mine.blocks], (), underlay, mtu)
+    assert (got.mtu, got.vxlan.mtu) == wanted
+
+
+def test_an_underlay_that_leaves_too_little_for_ipv6_is_refused() -> None:
+    with pytest.raises(TryAgainLater, match="the underlay's MTU 1300 leaves 1230 for pods, which need 1280"):
+        plan_node(CONFIG, node(1, 6), [block("fd00:10:244:1::/64")], (), 1300)
+
+
+def test_exemptions_that_overlap_the_pools_become_one() -> None:
+    exempt = [ipaddress.ip_network(text) for text in ("10.0.0.0/8", "10.1.0.0/16", "fd00::/8")]
+    firewall = plan(exempt=exempt).firewall
+    assert {str(each) for each in firewall.unmasqueraded} == {"10.0.0.0/8", "224.0.0.0/4", "fd00::/8", "ff00::/8"}
 
 
 INCOMPLETE = {

@@ -52,6 +52,15 @@ def test_everything(tmp_path: Path) -> None:
     assert (got.backend.vni, got.mtu, got.run_dir, got.cooldown) == (7, 1400, "/run/a", 0.0)
 
 
+def test_a_pool_of_each_family_may_have_one_name(tmp_path: Path) -> None:
+    text = LEAST.replace("/16}]", "/16}, {cidr: 'fd00:10:244::/56'}]\nnonMasqueradeCIDRs: [10.0.0.0/8, 'fd00::/8']")
+    got = read(tmp_path, text.replace("node:", "backend: {type: auto}\nnode:"))
+    assert [(pool.name, pool.block_size) for pool in got.pools] == [("default", 24), ("default", 64)]
+    assert got.families == {4, 6}
+    assert got.backend.type == "auto"
+    assert [str(each) for each in got.non_masquerade_cidrs] == ["10.0.0.0/8", "fd00::/8"]
+
+
 def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
     assert read(tmp_path, LEAST, node="node-2").node == "node-2"
 
@@ -70,7 +79,11 @@ WRONG = {  # replaced in LEAST, by what, what the error says
     "a pool with host bits": ("10.244.0.0/16", "10.244.0.1/16", r"host bits set.*\$.pools\[0\].cidr"),
     "a pool that is no network": ("10.244.0.0/16", "all", r"\$.pools\[0\].cidr"),
     "a pool that is a number": ("10.244.0.0/16", "10", r"expected text such as .* got 10"),
-    "an IPv6 pool smaller than its blocks": ("10.244.0.0/16", "'fd00::/112'", "blockSize is 64, expected a prefix length from 112"),
+    "an IPv6 pool smaller than its blocks": (
+        "10.244.0.0/16",
+        "'fd00::/112'",
+        "blockSize is 64, expected a prefix length from 112",
+    ),
     "blocks larger than the pool": ("/16}", "/16, blockSize: 15}", "blockSize is 15, expected a prefix length from 16"),
     "blocks without room": ("/16}", "/16, blockSize: 30}", "blockSize is 30"),
     "two pools of a name": ("/16}", "/16}, {cidr: 10.9.0.0/16}", r"pools\[1\].name is 'default'"),
@@ -79,6 +92,13 @@ WRONG = {  # replaced in LEAST, by what, what the error says
         "/16}, {name: b, cidr: 10.244.9.0/24}",
         "overlaps 10.244.0.0/16 of pool default",
     ),
+    "two IPv6 pools": (
+        "/16}",
+        "/16}, {cidr: 'fd00::/56'}, {name: b, cidr: 'fd01::/56'}",
+        "a second pool of a family is not supported yet",
+    ),
+    "an MTU that IPv6 forbids": ("/16}]", "/16}, {cidr: 'fd00::/56'}]\nmtu: 1200", "mtu is 1200, expected 1280"),
+    "an exemption with host bits": ("node:", "nonMasqueradeCIDRs: [10.0.0.1/8]\nnode:", r"\$.nonMasqueradeCIDRs\[0\]"),
     "two pools of a family": ("/16}", "/16}, {name: b, cidr: 10.9.0.0/16}", "a second pool of a family"),
     "a node name in capitals": ("node-1", "Node_1", "node is 'Node_1', expected a lower-case DNS name"),
     "a node name with a dot at its end": ("node-1", "node.", "node is 'node.'"),
