@@ -38,6 +38,7 @@ DAMAGE = {
     "a range of somebody else": "add element inet podwire local_blocks4 { 10.9.0.1-10.9.0.5 }",
     "a set flushed": "flush set inet podwire unmasqueraded4",
     "a rule of somebody else": "add rule inet podwire vxlan_guard accept",
+    "the jump to the guard deleted": "flush chain inet podwire vxlan_guard",
 }
 
 
@@ -143,9 +144,9 @@ async def cluster(folder: Path) -> AsyncIterator[tuple[Engine, Netns, Netns]]:
 
 
 def drops(node: Netns) -> int:
-    """Packets that vxlan_guard has dropped: of pods, which have a counter with a name, and of strangers."""
+    """Packets that the chain vxlan has dropped: of pods, which have a counter with a name, and of strangers."""
     listed = json.loads(node.run("nft", "-j", "list", "table", "inet", "podwire"))["nftables"]
-    rules = [each["rule"]["expr"] for each in listed if each.get("rule", {}).get("chain") == "vxlan_guard"]
+    rules = [each["rule"]["expr"] for each in listed if each.get("rule", {}).get("chain") == "vxlan"]
     counted = [each["counter"] for rule in rules for each in rule if isinstance(each.get("counter"), dict)]
     counted += [each["counter"] for each in listed if "counter" in each]
     return sum(each["packets"] for each in counted)
