@@ -1,0 +1,417 @@
+"""NetworkPolicy in nftables: one table, `inet podwire_policy`, whose rules grow with classes and whose sets with pods.
+
+    forward, priority 0   egress    ct established ─▶ accept · saddr ─▶ @egress4 : goto eg_<class> ─┐
+    forward, priority 1   ingress   ct established ─▶ accept · daddr ─▶ @ingress4: goto in_<class> ─┤
+                                                                                                    ▼
+                          in_<class>   saddr @p_<set>_4  tcp dport {…}  accept    a rule a peer, family and protocol
+                                       daddr . dport @n_…                         (egress: ports by name)
+                                       drop
+
+It is evaluated where a packet is routed or bridged between others: after Services have been translated, before anything
+is masqueraded. What a node sends to or gets from its own pods passes `output` and `input`, and so is never filtered.
+`accept` ends one base chain, not the other: both sides must allow. A pod's address is looked up in one hash for each
+side, so a new connection costs the same with ten pods as with a thousand; then it goes through the rules of its class.
+Packets of established connections meet one rule a side.
+
+    @local4 ∌ @known4 ──▶ drop     an address of this node's blocks that no known pod has; while there is any policy
+    @isolated4         ──▶ drop    TCP to or from an isolated pod that begins without SYN: a connection that was cut
+                                   would be taken up again from its other end
+
+Sets and chains are named by their content (policy.model.digest), so that what is the same need not be compared, and a
+restart finds what it left. A change is one transaction, seen at once or not at all: members, chains, and which pod is
+in which class. What nothing refers to any more is removed in a second one, since a packet may be on its way through it.
+
+Neighbour discovery and listener reports between pods of one node cross the bridge's firewall, and always pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import msgspec
+
+from kube_proxy_lite.model import Address, Network, Protocol
+from kube_proxy_lite.policy.membership import Fact, Value
+from kube_proxy_lite.policy.model import (
+    LAST_PORT,
+    BlockSet,
+    ClassRule,
+    Direction,
+    Member,
+    PodSet,
+    PolicyClass,
+    PortedPodSet,
+    PortRange,
+    SetKey,
+    digest,
+)
+from kube_proxy_lite.render.nftables_listing import TableListing
+
+TABLE = "inet podwire_policy"
+VERSIONS = (4, 6)
+LIMIT = 5000
+"""Elements in one transaction, where a change is too large for one."""
+_ADDRESS = {4: "ipv4_addr", 6: "ipv6_addr"}
+_IP = {4: "ip", 6: "ip6"}
+_PREFIX = {Direction.INGRESS: "in", Direction.EGRESS: "eg"}
+_PEER = {Direction.INGRESS: "saddr", Direction.EGRESS: "daddr"}
+_SELF = {Direction.INGRESS: "daddr", Direction.EGRESS: "saddr"}
+_NEIGHBOURS = (
+    "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, nd-router-advert, mld-listener-query,"
+    " mld-listener-report, mld-listener-done, mld2-listener-report } accept"
+)
+_SHAPE = "shape"
+
+Elements = dict[str, str]
+"""Key → value as nft writes them; the value of a set's is empty."""
+
+
+class Definition(msgspec.Struct, frozen=True):
+    """A set or map: what stands between its braces but for the elements."""
+
+    kind: str
+    body: str
+
+
+class Static(msgspec.Struct, frozen=True):
+    """What is there whatever the policies are. `mark` tells it apart from another version's."""
+
+    sets: Mapping[str, Definition]
+    chains: Mapping[str, tuple[str, tuple[str, ...]]]
+    mark: str
+
+
+# --- what is constant -----------------------------------------------------------------------------------------------
+
+
+def static() -> Static:
+    """The table without policies."""
+    sets: dict[str, Definition] = {}
+    for version, kind in _ADDRESS.items():
+        sets[f"local{version}"] = Definition("set", f"type {kind}; flags interval;")
+        for name in ("known", "isolated"):
+            sets[f"{name}{version}"] = Definition("set", f"type {kind};")
+        for way in Direction:
+            sets[f"{way.value}{version}"] = Definition("map", f"type {kind} : verdict;")
+    chains = {
+        way.value: (f"type filter hook forward priority {priority}; policy accept;", tuple(_base_rules(way)))
+        for way, priority in ((Direction.EGRESS, 0), (Direction.INGRESS, 1))
+    }
+    text = repr((sorted(sets), chains))
+    return Static(sets, chains, hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def _base_rules(way: Direction) -> Iterator[str]:
+    yield "ct state established,related accept"
+    yield _NEIGHBOURS
+    for version, ip in _IP.items():
+        own = f"{ip} {_SELF[way]}"
+        yield f"{own} @isolated{version} tcp flags & (fin | syn | rst | ack) != syn counter drop"
+        yield f"{own} vmap @{way.value}{version}"
+        yield f"{own} @local{version} {own} != @known{version} counter drop"
+
+
+# --- what policies make ---------------------------------------------------------------------------------------------
+
+
+def chain_name(found: PolicyClass) -> str:
+    """`in_` or `eg_` and the digest of the class."""
+    return f"{_PREFIX[found.direction]}_{digest(found)}"
+
+
+def set_name(key: SetKey, version: int) -> str:
+    """`p_`, `n_` (with ports) or `b_` (blocks), the digest, and the family."""
+    letter = "p" if isinstance(key, PodSet) else "n" if isinstance(key, PortedPodSet) else "b"
+    return f"{letter}_{digest(key)}_{version}"
+
+
+def definition(key: SetKey, version: int) -> Definition:
+    """How a set of a class is declared."""
+    kind = _ADDRESS[version]
+    if isinstance(key, PortedPodSet):
+        return Definition("set", f"type {kind} . inet_service;")
+    return Definition("set", f"type {kind};" + (" flags interval;" if isinstance(key, BlockSet) else ""))
+
+
+def class_rules(found: PolicyClass) -> tuple[str, ...]:
+    """The rules of a class's chain."""
+    lines = dict.fromkeys(f"{line}counter accept" for rule in found.rules for line in _rule(found.direction, rule))
+    return (*lines, "counter drop")
+
+
+def _rule(way: Direction, rule: ClassRule) -> Iterator[str]:
+    ports = [""] if rule.ports is None else list(_ports(rule.ports))
+    if rule.peers is None:
+        yield from (f"{each} " if each else "" for each in ports)
+        return
+    for version, ip in _IP.items():
+        name = set_name(rule.peers, version)
+        if isinstance(rule.peers, PortedPodSet):
+            yield f"{ip} {_PEER[way]} . {rule.peers.protocol.value.lower()} dport @{name} "
+        elif not isinstance(rule.peers, BlockSet) or any(each.version == version for each in rule.peers.networks):
+            yield from (f"{ip} {_PEER[way]} @{name} " + (f"{each} " if each else "") for each in ports)
+
+
+def _ports(ports: tuple[PortRange, ...]) -> Iterator[str]:
+    """A match a protocol."""
+    for protocol in Protocol:
+        ranges = _merged([(each.first, each.last) for each in ports if each.protocol is protocol])
+        if ranges and ranges[0] == (0, LAST_PORT):
+            yield f"meta l4proto {protocol.value.lower()}"
+        elif ranges:
+            listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+            yield f"{protocol.value.lower()} dport " + (f"{{ {listed} }}" if "," in listed else listed)
+
+
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same ports, in ranges that neither overlap nor touch."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = merged[-1][0], max(merged[-1][1], last)
+        else:
+            merged.append((first, last))
+    return merged
+
+
+def element(member: Member) -> str:
+    """A member of a set, as nft writes it."""
+    return f"{member[0]} . {member[1]}" if isinstance(member, tuple) else str(member)
+
+
+def network_element(network: Network) -> str:
+    """A network; nft writes a single address without its length."""
+    return str(network.network_address) if network.num_addresses == 1 else str(network)
+
+
+# --- state and difference -------------------------------------------------------------------------------------------
+
+
+class PolicyRenderer:
+    """Facts in (policy.policies), nft scripts out. Before the first `resync` nothing is returned."""
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self._limit = limit
+        self._static = static()
+        self._defined: dict[str, Definition] = dict(self._static.sets)
+        self._sets: dict[str, Elements] = {name: {} for name in self._static.sets}
+        self._chains: dict[str, tuple[str, ...]] = {}
+        self._there: TableListing | None = None
+        self._blocks: frozenset[Network] = frozenset()
+
+    def update(self, facts: Mapping[Fact, Value], local_blocks: frozenset[Network]) -> tuple[str, ...]:
+        """Takes facts in. `local_blocks` are the networks in which an address that nobody knows is closed: the node's
+        own, or none while there is no policy."""
+        touched: dict[str, dict[str, None]] = {}
+        for fact, value in facts.items():
+            self._take(fact, value, touched)
+        self._take_blocks(local_blocks, touched)
+        return self._scripts(touched) if self._there is not None else ()
+
+    def resync(self, listing: TableListing | None) -> tuple[str, ...]:
+        """Takes `listing` for what the kernel has; nothing is returned when that is what should be."""
+        self._there = listing or TableListing()
+        wanted = self._sets.keys() | self._there.sets.keys() | self._chains.keys() | self._there.chains.keys()
+        everything = {
+            name: dict.fromkeys((*self._sets.get(name, ()), *self._there.sets.get(name, ()))) for name in wanted
+        }
+        return self._scripts(everything, self._render_static())
+
+    # --- facts
+
+    def _take(self, fact: Fact, value: Value, touched: dict[str, dict[str, None]]) -> None:
+        if isinstance(fact, PolicyClass):
+            name = chain_name(fact)
+            touched.setdefault(name, {})
+            if value:
+                self._chains[name] = class_rules(fact)
+            else:
+                self._chains.pop(name, None)
+        elif isinstance(fact, PodSet | PortedPodSet | BlockSet):
+            self._take_set(fact, bool(value), touched)
+        elif not isinstance(fact, tuple):
+            self._put(f"known{fact.version}", str(fact), "" if value else None, touched)
+        elif isinstance(fact[0], Direction):
+            self._take_dispatch(fact[0], fact[1], value, touched)
+        else:
+            key, member = fact
+            name = set_name(key, _version(member))
+            if name in self._sets:
+                self._put(name, element(member), "" if value else None, touched)
+
+    def _take_set(self, key: SetKey, there: bool, touched: dict[str, dict[str, None]]) -> None:
+        for version in VERSIONS:
+            name = set_name(key, version)
+            touched.setdefault(name, {})
+            if not there:
+                self._sets.pop(name, None)
+                self._defined.pop(name, None)
+                continue
+            self._defined[name] = definition(key, version)
+            self._sets.setdefault(name, {})
+            for network in key.networks if isinstance(key, BlockSet) else ():
+                if network.version == version:
+                    self._put(name, network_element(network), "", touched)
+
+    def _take_dispatch(
+        self, way: Direction, address: Address, value: Value, touched: dict[str, dict[str, None]]
+    ) -> None:
+        text = str(address)
+        target = f"goto {chain_name(value)}" if isinstance(value, PolicyClass) else None
+        self._put(f"{way.value}{address.version}", text, target, touched)
+        isolated = any(text in self._sets[f"{each.value}{address.version}"] for each in Direction)
+        self._put(f"isolated{address.version}", text, "" if isolated else None, touched)
+
+    def _take_blocks(self, blocks: frozenset[Network], touched: dict[str, dict[str, None]]) -> None:
+        for network in blocks ^ self._blocks:
+            name = f"local{network.version}"
+            self._put(name, network_element(network), "" if network in blocks else None, touched)
+        self._blocks = blocks
+
+    def _put(self, name: str, key: str, value: str | None, touched: dict[str, dict[str, None]]) -> None:
+        touched.setdefault(name, {})[key] = None
+        if value is None:
+            self._sets[name].pop(key, None)
+        else:
+            self._sets[name][key] = value
+
+    # --- scripts
+
+    def _scripts(self, touched: Mapping[str, Iterable[str]], first: list[str] | None = None) -> tuple[str, ...]:
+        change = _Change(first or [])
+        there = self._there
+        assert there is not None
+        for name, keys in touched.items():
+            if name in self._defined:
+                self._diff_set(name, keys, there, change)
+            elif name in self._chains:
+                self._diff_chain(name, there, change)
+            elif name in there.sets:
+                change.last.append(f"delete {_kind(name)} {TABLE} {name}")
+                del there.sets[name]
+            elif name in there.chains and name not in self._static.chains and name != _SHAPE:
+                change.unlinked.append(f"flush chain {TABLE} {name}")
+                change.last.insert(0, f"delete chain {TABLE} {name}")
+                del there.chains[name]
+        return change.scripts(self._limit)
+
+    def _diff_set(self, name: str, keys: Iterable[str], there: TableListing, change: _Change) -> None:
+        wanted = self._sets[name]
+        if name not in there.sets:
+            made = self._defined[name]
+            change.sets.append(f"add {made.kind} {TABLE} {name} {{ {made.body} }}")
+            there.sets[name] = {}
+        have = there.sets[name]
+        for key in keys:
+            new, old = wanted.get(key), have.get(key)
+            if new == old:
+                continue
+            if old is not None:
+                change.removed.setdefault(name, []).append(key)
+                del have[key]
+            if new is not None:
+                change.added.setdefault(name, []).append(f"{key} : {new}" if new else key)
+                have[key] = new
+
+    def _diff_chain(self, name: str, there: TableListing, change: _Change) -> None:
+        rules = self._chains[name]
+        if len(there.chains.get(name, ())) == len(rules):
+            return  # it is named by its content; another number of rules says that somebody meddled with it
+        change.chains.append(f"add chain {TABLE} {name}")
+        if name in there.chains:
+            change.chains.append(f"flush chain {TABLE} {name}")
+        change.chains += [f"add rule {TABLE} {name} {rule}" for rule in rules]
+        there.chains[name] = rules
+
+    def _render_static(self) -> list[str]:
+        there = self._there
+        assert there is not None
+        chains = self._static.chains
+        same = there.mark == self._static.mark and all(
+            len(there.chains.get(name, ())) == len(rules) and name in there.hooks for name, (_, rules) in chains.items()
+        )
+        lines = [f"add table {TABLE}"]
+        lines += [
+            f"add {made.kind} {TABLE} {name} {{ {made.body} }}"
+            for name, made in self._static.sets.items()
+            if name not in there.sets
+        ]
+        for name in self._static.sets:
+            there.sets.setdefault(name, {})
+        if same:
+            return lines if len(lines) > 1 else []
+        for name, (hook, rules) in chains.items():
+            lines += [f"add chain {TABLE} {name} {{ {hook} }}", f"flush chain {TABLE} {name}"]
+            lines += [f"add rule {TABLE} {name} {rule}" for rule in rules]
+            there.chains[name], there.hooks[name] = rules, hook
+        mark = f'counter comment "{self._static.mark}"'
+        lines += [f"add chain {TABLE} {_SHAPE}", f"flush chain {TABLE} {_SHAPE}", f"add rule {TABLE} {_SHAPE} {mark}"]
+        there.chains[_SHAPE] = (mark,)
+        return lines
+
+
+class _Change:
+    """What has to be done, in the order in which it may be."""
+
+    def __init__(self, first: list[str]) -> None:
+        self.first = first
+        self.sets: list[str] = []
+        self.chains: list[str] = []
+        self.added: dict[str, list[str]] = {}
+        self.removed: dict[str, list[str]] = {}
+        self.unlinked: list[str] = []
+        self.last: list[str] = []
+
+    def scripts(self, limit: int) -> tuple[str, ...]:
+        """One script for the change, and one for what nothing refers to afterwards; more where it is larger than
+        `limit` elements, and then additions before removals."""
+        size = sum(map(len, self.added.values())) + sum(map(len, self.removed.values()))
+        if size <= limit:
+            lines = [*self.first, *self.sets, *_elements("delete", self.removed), *self.chains]
+            found = ["\n".join([*lines, *_elements("add", self.added)])]
+        else:
+            found = ["\n".join([*self.first, *self.sets]), *self._pieces(limit)]
+        found.append("\n".join([*self.unlinked, *self.last]))
+        return tuple(f"{each}\n" for each in found if each)
+
+    def _pieces(self, limit: int) -> Iterator[str]:
+        dispatch = {f"{way.value}{version}" for way in Direction for version in VERSIONS}
+        members = {name: keys for name, keys in self.added.items() if name not in dispatch}
+        yield from _chunks("add", members, limit)
+        yield "\n".join(self.chains)
+        for name in dispatch & (self.added.keys() | self.removed.keys()):
+            yield from _exchanges(name, self.removed.pop(name, []), self.added.get(name, []), limit)
+        yield from _chunks("delete", self.removed, limit)
+
+
+def _exchanges(name: str, removed: list[str], added: list[str], limit: int) -> Iterator[str]:
+    """An element whose value changes is deleted and added in one transaction: in between its pod would be open."""
+    of_key = {each.partition(" : ")[0]: each for each in added}
+    keys = [*dict.fromkeys((*removed, *of_key))]
+    gone = set(removed)
+    for start in range(0, len(keys), limit):
+        part = keys[start : start + limit]
+        lines = [
+            *_elements("delete", {name: [key for key in part if key in gone]}),
+            *_elements("add", {name: [of_key[key] for key in part if key in of_key]}),
+        ]
+        yield "\n".join(lines)
+
+
+def _chunks(verb: str, elements: Mapping[str, list[str]], limit: int) -> Iterator[str]:
+    for name, keys in elements.items():
+        for start in range(0, len(keys), limit):
+            yield from _elements(verb, {name: keys[start : start + limit]})
+
+
+def _elements(verb: str, elements: Mapping[str, list[str]]) -> list[str]:
+    return [f"{verb} element {TABLE} {name} {{ {', '.join(keys)} }}" for name, keys in elements.items() if keys]
+
+
+def _kind(name: str) -> str:
+    return "map" if name.startswith(("egress", "ingress")) else "set"
+
+
+def _version(member: Member) -> int:
+    return member[0].version if isinstance(member, tuple) else member.version
