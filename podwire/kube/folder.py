@@ -11,7 +11,7 @@ that nobody follows are passed over.
 Files are looked at twice a second (one stat each, 2 µs; a ConfigMap's links, network disks and editors that replace
 files need no special care that way, as they would with inotify). A file whose time stamp is younger than 2 s when it is
 read is read again, because it may change again within the same stamp. Reading and parsing happen on a thread, and cost
-by object: 30 µs as JSON, 1 ms as YAML.
+by object: 17 µs as JSON, 0.4 ms as YAML.
 """
 
 from __future__ import annotations

@@ -441,14 +441,16 @@ def test_pauses_grow_and_end() -> None:
 
     async def story() -> None:
         clock = Clock()
-        failing = [Reply.of(status(500), 500)] * 6
         waiting = Reply.of(status(429), 429, headers={"Retry-After": "7"})
-        script = Script(*failing, waiting, LIST, Reply(then="hang"))
+        failing = [Reply.of(status(500), 500)] * 6
+        script = Script(waiting, *failing, LIST, Reply(), Reply(mark(10)), Reply(then="hang"))
         async with script.serving() as url, client(url, clock=clock) as one:
             source = ApiSource(one, chance=lambda: 1.0)
             source.streams = False
             async with mirrored(source, ALL) as mirror:
                 await mirror.until(lambda: mirror.synced)
-        assert clock.pauses[:7] == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0]
+                await eventually(lambda: len(script.asked) == 11)
+        asked_for, fallen_back, listed, empty = 10.5, [0.5, 1.0, 2.0, 4.0, 8.0, 15.0], 0.0, [15.0, 15.0]
+        assert clock.pauses == [asked_for, *fallen_back, listed, *empty]
 
     run(story)

@@ -138,6 +138,21 @@ def test_an_answer_that_is_too_large_is_given_up() -> None:
     run(story)
 
 
+def test_a_host_that_vanishes_without_a_word_is_asked_for_by_the_kernel() -> None:
+    async def story() -> None:
+        script = Script(Reply(b"x", then="hang"))
+        async with script.serving() as url, client(url) as one, one.open("/", {}) as answer:
+            assert await answer.read(1.0) == b"x"
+            connection = answer._response.connection
+            assert connection is not None
+            assert connection.transport is not None
+            own = connection.transport.get_extra_info("socket")
+            assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+
+    run(story)
+
+
 def test_a_base_path_is_kept() -> None:
     async def story() -> None:
         script = Script(Reply.of(status(404), 404))
