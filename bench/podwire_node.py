@@ -110,15 +110,36 @@ def prepared_node(
 ) -> Iterator[PodwireNode]:
     """The same, with something done to etcd before the daemon starts."""
     namespace = stage.node(name)
+    with etcd_on(stage, namespace, name) as etcd:
+        prepare(namespace, etcd)
+        with daemon_on(stage, namespace, name, etcd, changes) as node:
+            yield node
+
+
+@contextlib.contextmanager
+def etcd_on(stage: Stage, namespace: Namespace, name: str, address: str = "127.0.0.1") -> Iterator[EtcdServer]:
+    """An etcd on a node, reached at `address`."""
+    entering = ("ip", "netns", "exec", namespace.name)
+    folder = stage.disk / f"{name}-etcd"
+    folder.mkdir()
+    with EtcdServer(
+        folder, address=address, client_port=2379, peer_port=2380, prefix=entering, dies_with_parent=True
+    ) as etcd:
+        yield etcd
+
+
+@contextlib.contextmanager
+def daemon_on(
+    stage: Stage, namespace: Namespace, name: str, etcd: EtcdServer, changes: Mapping[str, object]
+) -> Iterator[PodwireNode]:
+    """A daemon on a node that has an etcd, here or elsewhere."""
     memory, disk = stage.memory / name, stage.disk / name
     memory.mkdir()
     disk.mkdir()
-    entering = ("ip", "netns", "exec", namespace.name)
-    etcd = EtcdServer(disk / "etcd", client_port=2379, peer_port=2380, prefix=entering, dies_with_parent=True)
     settings = {
         "node": name,
         "nodeAddresses": ["192.0.2.1"],
-        "etcd": {"endpoints": ["http://127.0.0.1:2379"]},
+        "etcd": {"endpoints": [etcd.endpoint]},
         "pools": [{"cidr": "10.244.0.0/16"}],
         "runDir": str(memory / "run"),
         "stateDir": str(disk / "state"),
@@ -126,14 +147,12 @@ def prepared_node(
     }
     (disk / "ipamd.yaml").write_text(yaml.safe_dump(settings))
     executable = install(disk / "bin", None, memory / "run" / "ipamd.sock", disk / "state" / "del-queue")
-    command = (*entering, "setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-m", "ipam_daemon.main")
+    entering = ("ip", "netns", "exec", namespace.name, "setpriv", "--pdeathsig", "KILL", "--")
+    command = (*entering, sys.executable, "-m", "ipam_daemon.main", "--config", str(disk / "ipamd.yaml"))
     log_path = disk / "ipamd.log"
-    with etcd, log_path.open("wb") as log:
-        prepare(namespace, etcd)
+    with log_path.open("wb") as log:
         began = time.monotonic()
-        process = subprocess.Popen(
-            (*command, "--config", str(disk / "ipamd.yaml")), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             node = PodwireNode(namespace, process, executable, etcd, memory / "run" / "ipamd.sock")
             node.began = began

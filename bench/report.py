@@ -25,17 +25,18 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bound(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that is asked for: at most `limit`."""
+    """Something that is asked for: at most `limit`, or at least."""
 
     what: str
     measured: float
     limit: float
     unit: str = ""
+    least: bool = False
 
     @property
     def reached(self) -> bool:
         """True when the measured value is within the limit."""
-        return self.measured <= self.limit
+        return self.measured >= self.limit if self.least else self.measured <= self.limit
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +77,7 @@ def render_bounds(bounds: Sequence[Bound]) -> str:
     rows = tuple(
         (
             bound.what,
-            f"≤ {bound.limit:g} {bound.unit}".strip(),
+            f"{'≥' if bound.least else '≤'} {bound.limit:g} {bound.unit}".strip(),
             f"{bound.measured:.2f} {bound.unit}".strip(),
             "reached" if bound.reached else "NOT reached",
         )

@@ -84,6 +84,19 @@ class Stage:
         )
         return namespace
 
+    def segment(self, name: str) -> tuple[Namespace, Namespace]:
+        """Two nodes on one wire, with the addresses 192.0.2.1 and 192.0.2.2."""
+        one, two = self._make([f"{self.name}-{name}-{number}" for number in (1, 2)])
+        _ip([f"link add uplink type veth peer name uplink netns {two.name}"], one.name)
+        for number, node in enumerate((one, two), 1):
+            commands = ["link set lo up", f"address add 192.0.2.{number}/24 dev uplink", "link set uplink up"]
+            _ip(commands, node.name)
+        return one, two
+
+    def ip(self, namespace: Namespace, commands: Sequence[str]) -> None:
+        """Runs `ip` commands inside. Raises BenchFailed with what it says."""
+        _ip(commands, namespace.name)
+
     def pods(self, count: int) -> list[Namespace]:
         """Empty namespaces."""
         first = self._count

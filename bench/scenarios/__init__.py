@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from bench.report import Report
-from bench.scenarios import churn, elements, executable, latency, memory, outage, scale
+from bench.scenarios import churn, elements, executable, latency, memory, outage, scale, throughput
 from bench.stage import Stage
 
 
@@ -40,5 +40,12 @@ SCENARIOS = (
         run=scale.run,
         rounds=5000,
         quick=500,
+    ),
+    Scenario(
+        name="throughput",
+        about="pod to pod, beside the same devices plumbed by hand",
+        run=throughput.run,
+        rounds=5,
+        quick=1,
     ),
 )
