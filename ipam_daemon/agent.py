@@ -213,7 +213,7 @@ class Agent:
         lost = [each for each in found if each.host_ifname not in journaled]
         for attachment in lost:
             if self._journal.get(attachment.key) is None:
-                self._journal.adopt(attachment)
+                self._journal.adopt(await self._thread.run(self._wires.recall, attachment))
             else:
                 await self._thread.run(self._wires.delete, attachment.host_ifname)
         if lost or self._journal.set_aside:

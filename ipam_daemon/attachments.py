@@ -213,6 +213,8 @@ class Attachments:
             if self._is_stranded(attachment):
                 raise TryAgainLater(f"{call.key}: its block is not known yet: {self.waiting_for}")
             differences = await self._thread.run(self._wires.differences, attachment, call.netns, self._gateways)
+            if attachment.port_mappings:
+                differences += await self._host_ports.missing(attachment)
         differences += _previous_differences(call, attachment)
         if differences:
             raise CheckFailed(f"{call.key}: {'; '.join(differences)}")
@@ -435,9 +437,10 @@ class Attachments:
 
     # --- ports of the node
 
-    async def mend_host_ports(self) -> int:
-        """Brings the ports of the node that lead to pods to what the journal says. Returns how much had to be done."""
-        return await self._host_ports.ensure()
+    async def mend_host_ports(self, undecided: Iterable[Attachment] = ()) -> int:
+        """Brings the ports of the node that lead to pods to what the journal says, but for wires that it may take in.
+        Returns how much had to be done."""
+        return await self._host_ports.ensure({each.ip for wire in undecided for each in wire.addresses})
 
     def _with_host_ports(self) -> list[Attachment]:
         """Those whose ports lead to them; not to a pod whose address is another node's by now."""

@@ -18,7 +18,7 @@ import asyncio
 import errno
 import ipaddress
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 
 import msgspec
@@ -27,7 +27,7 @@ from ipam_daemon.conntrack import forget_udp
 from ipam_daemon.errors import PortTaken
 from ipam_daemon.firewall import run_nft
 from ipam_daemon.hostport_rules import NAME, ROUTE_LOCALNET, is_whole, render
-from ipam_daemon.hostports import MAPS, PAIRS, Element, describe, elements, overlap, shadows
+from ipam_daemon.hostports import MAPS, PAIRS, Element, describe, elements, overlap, shadows, target
 from ipam_daemon.journal import Journal
 from ipam_daemon.model import Address, Attachment, AttachmentKey, PortMapping
 from ipam_daemon.netlink import NetlinkThread, read_sysctl, write_sysctl
@@ -111,10 +111,13 @@ class HostPorts:
             await self._thread.run(self._commit, [_delete(each) for each in elements(attachment)])
             await self._thread.run(self._forget_connections, attachment.port_mappings)
 
-    async def ensure(self) -> int:
-        """Brings the table to what is wanted. Returns how much had to be done. Raises PlumbingFailed."""
+    async def ensure(self, undecided: Container[Address] = ()) -> int:
+        """Brings the table to what is wanted. Returns how much had to be done. Raises PlumbingFailed.
+
+        What leads to an address of `undecided` stays: its wire may be taken into the journal yet, with its ports.
+        """
         async with self._lock:
-            return await self._ensure()
+            return await self._ensure(undecided)
 
     async def missing(self, attachment: Attachment) -> list[str]:
         """What of the attachment's mappings is not in the kernel, in words."""
@@ -127,7 +130,7 @@ class HostPorts:
 
     # --- steps, under the lock
 
-    async def _ensure(self) -> int:
+    async def _ensure(self, undecided: Container[Address] = ()) -> int:
         done = 0
         state = await self._thread.run(self._read)
         wanted = frozenset(each for attachment in self._wanted() for each in elements(attachment))
@@ -136,7 +139,8 @@ class HostPorts:
             done += 1
         if wanted:
             done += await self._thread.run(_set_route_localnet)
-        changes = [_delete(each) for each in state.elements - wanted] + [_add(each) for each in wanted - state.elements]
+        changes = [_delete(each) for each in state.elements - wanted if target(each) not in undecided]
+        changes += [_add(each) for each in wanted - state.elements]
         await self._thread.run(self._commit_or_raise, changes)
         return done + len(changes)
 

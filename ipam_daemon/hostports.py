@@ -173,6 +173,12 @@ def _element(mapping: PortMapping, pod: Address) -> Element:
     return Element(f"specific{pod.version}", mapping.host_ip.packed + key, data)
 
 
+def target(element: Element) -> Address:
+    """The pod's address that an element is about."""
+    size = 4 if element.name.endswith("4") else 16
+    return ipaddress.ip_address((element.data or element.key)[:size])
+
+
 def mappings_of(found: Iterable[Element], addresses: Iterable[Interface]) -> tuple[PortMapping, ...]:
     """The mappings that elements in the kernel say a pod with these addresses has, for a journal that was lost."""
     pod = {interface.ip for interface in addresses}
@@ -181,14 +187,14 @@ def mappings_of(found: Iterable[Element], addresses: Iterable[Interface]) -> tup
         if element.name not in MAPS:
             continue
         size = 4 if element.name.endswith("4") else 16
-        target = _address(element.data[:size])
-        if target not in pod:
+        to_address = target(element)
+        if to_address not in pod:
             continue
         *host_ip, protocol, port = _fields(element.key, size if element.name.startswith("specific") else 0)
         name = next(name for name, number in PROTOCOLS.items() if number == protocol[0])
         specific = _address(host_ip[0]) if host_ip else None
         to = int.from_bytes(element.data[size : size + 2], "big")
-        read.setdefault((name, int.from_bytes(port[:2], "big"), to, specific), set()).add(target.version)
+        read.setdefault((name, int.from_bytes(port[:2], "big"), to, specific), set()).add(to_address.version)
     everywhere = {address.version for address in pod}
     return tuple(
         PortMapping(protocol=name, host_port=port, container_port=to, host_ip=host_ip)

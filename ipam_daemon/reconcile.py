@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+from collections.abc import Iterable
 
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.errors import CniError
@@ -57,8 +58,7 @@ class Reconciler:
         if self._journal.look_after():
             self._metrics.repaired("journal", "wrote the journal's file again, which was gone")
             log.error("the journal's file was gone; it is written again")
-        await self._sweep()
-        await self._look_at_ports_and_queues()
+        await self._look_at_ports_and_queues(await self._sweep())
         moment = boottime_ns()
         missed = set()
         for attachment in self._journal.attachments():
@@ -77,13 +77,13 @@ class Reconciler:
         if await self._attachments.forget(attachment, moment):
             self._metrics.repaired("unfinished-add", f"undid the ADD of {attachment.key}, which was not finished")
 
-    async def _sweep(self) -> None:
-        """Wires without a row."""
+    async def _sweep(self) -> tuple[Attachment, ...]:
+        """Wires without a row. Returns what was found."""
         try:
             orphans = await self._attachments.orphans()
         except CniError as error:
             self._failed("looking for wires", error)
-            return
+            return ()
         rows = self._journal.attachments()
         for wire in orphans:
             if wire.host_ifname not in self._strays and not any(is_same_wire(wire, row) for row in rows):
@@ -97,11 +97,12 @@ class Reconciler:
                 self._metrics.repaired("orphan-wire", done)
                 log.warning("found a wire that the journal does not know: %s", done)
         self._strays = frozenset(wire.host_ifname for wire in orphans)
+        return orphans
 
-    async def _look_at_ports_and_queues(self) -> None:
+    async def _look_at_ports_and_queues(self, undecided: Iterable[Attachment]) -> None:
         """Ports of the node that lead to pods, and ifb devices of wires that are gone."""
         try:
-            changed = await self._attachments.mend_host_ports()
+            changed = await self._attachments.mend_host_ports(undecided)
             strays = await self._attachments.sweep()
         except (CniError, sqlite3.Error) as error:
             self._failed("ports of the node and queues", error)

@@ -26,7 +26,7 @@ from ipam_daemon.rtnl import Message
 
 # rtnetlink
 _NEWLINK, _NEWQDISC, _GETQDISC = 16, 36, 38
-_EXCL, _CREATE = 0x200, 0x400
+_ECHO, _EXCL, _CREATE = 0x8, 0x200, 0x400
 _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 _TC = struct.Struct("=BxxxiIII")  # tcmsg: family, index, handle, parent, info
 _IFLA_IFNAME, _IFLA_LINKINFO, _IFLA_GROUP, _INFO_KIND = 3, 18, 27, 1
@@ -52,7 +52,7 @@ _RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS, _LIST_ELEMENT = 1, 2, 4, 1
 _EXPRESSION_NAME, _EXPRESSION_DATA = 1, 2
 _REGISTER = 1
 _BE32 = struct.Struct("!I")
-_BUFFER, _TIMEOUT = 1 << 16, 5.0
+_BUFFER, _TIMEOUT, _TIMEVAL = 1 << 16, 5, struct.Struct("@ll")
 TABLE = "podwire_bandwidth"
 
 
@@ -86,8 +86,8 @@ def add_bucket(index: int, bucket: Bucket) -> Message:
 
 
 def get_bucket(index: int) -> Message:
-    """Asks for the root queue of a link."""
-    return Message(_GETQDISC, 0, _TC.pack(0, index, 0, _ROOT, 0), "root queue")
+    """Asks for the root queue of a link. Without ECHO the answer is for a multicast group alone (qdisc_notify())."""
+    return Message(_GETQDISC, _ECHO, _TC.pack(0, index, 0, _ROOT, 0), "root queue")
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,7 +133,7 @@ class Redirects:
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
-        self._socket.settimeout(_TIMEOUT)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(_TIMEOUT, 0))  # for listings
 
     def add(self, redirects: Iterable[Redirect]) -> None:
         """Makes all of them or none, and the table if there is none. Raises OSError."""

@@ -34,6 +34,7 @@ MARK = b"# Podwire's CNI executable, written by `podwire install`"
 
 _SHEBANG_LIMIT = 127  # kernels before 5.1 cut a first line there: BINPRM_BUF_SIZE
 _SUN_PATH = 107  # unix(7), without the terminating zero
+_CAPABILITIES = {"bandwidth": True, "ips": True, "mac": True, "portMappings": True}
 _NETWORK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # CNI specification, § Network configuration
 
 _SCRIPT = """\
@@ -120,7 +121,7 @@ def conflist(network: str) -> bytes:
         "name": network,
         "cniVersion": "1.0.0",
         "cniVersions": ["1.0.0", "1.1.0"],
-        "plugins": [{"type": EXECUTABLE, "capabilities": {"ips": True, "mac": True}}],
+        "plugins": [{"type": EXECUTABLE, "capabilities": _CAPABILITIES}],
     }
     return json.dumps(configuration, indent=2).encode() + b"\n"
 

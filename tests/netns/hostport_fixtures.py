@@ -21,9 +21,9 @@ from ipam_daemon.model import Bandwidth
 from tests.netns.node_fixtures import Engine, Netns, block, call, engine
 
 SIX = ipaddress.ip_network("fd00:1::/120")
-NODE = {4: "192.0.2.1", 6: "2001:db8::1"}
-OUTSIDE = {4: "192.0.2.2", 6: "2001:db8::2"}
-GATEWAY = {4: "10.244.1.1", 6: "fd00:1::1"}
+NODE: dict[int, str] = {4: "192.0.2.1", 6: "2001:db8::1"}
+OUTSIDE: dict[int, str] = {4: "192.0.2.2", 6: "2001:db8::2"}
+GATEWAY: dict[int, str] = {4: "10.244.1.1", 6: "fd00:1::1"}
 SERVE = """
 import selectors, socket, sys
 name, ready = sys.argv[1], selectors.DefaultSelector()
@@ -70,17 +70,42 @@ def ask(where: Netns, address: str, port: int, protocol: str = "tcp", patience: 
     return where.run("python3", "-IS", "-c", ASK, protocol, address, str(port), str(patience), *more).strip()
 
 
+class Program:
+    """A Python program that runs in a namespace, and is spoken to by lines."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def say(self, line: str = "") -> None:
+        """Gives it a line."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+
+    def hear(self) -> str:
+        """Waits for a line of it."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+
+@contextmanager
+def running(where: Netns, source: str, *arguments: str) -> Iterator[Program]:
+    """A program that has said that it is ready; it is killed at the end."""
+    command = ["ip", "netns", "exec", where.name, "python3", "-IS", "-u", "-c", source, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        program = Program(process)
+        try:
+            assert program.hear() == "ready"
+            yield program
+        finally:
+            process.kill()
+
+
 @contextmanager
 def serving(where: Netns, name: str, port: int) -> Iterator[None]:
     """A server of TCP and UDP."""
-    command = ["ip", "netns", "exec", where.name, "python3", "-IS", "-c", SERVE, name, str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
-        assert server.stdout is not None
-        try:
-            assert server.stdout.readline() == b"ready\n"
-            yield
-        finally:
-            server.kill()
+    with running(where, SERVE, name, str(port)):
+        yield
 
 
 def mapping(host: int, container: int = 80, protocol: str = "tcp", host_ip: str = "") -> Entry:
@@ -88,9 +113,7 @@ def mapping(host: int, container: int = 80, protocol: str = "tcp", host_ip: str 
     return Entry(host_port=host, container_port=container, protocol=protocol, host_ip=host_ip)
 
 
-def add_call(
-    name: str, pod: Netns | None, *mappings: Entry, bandwidth: Bandwidth | None = None, **more: Any
-) -> Call:
+def add_call(name: str, pod: Netns | None, *mappings: Entry, bandwidth: Bandwidth | None = None, **more: Any) -> Call:
     """An ADD that asks for ports of the node, or for limits."""
     config = NetworkConfig(name="podnet", cni_version="1.1.0", runtime=RuntimeConfig(port_mappings=mappings))
     made = call("ADD", name, pod.path if pod else "", config=config)

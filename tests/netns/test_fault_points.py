@@ -29,7 +29,7 @@ import ipam_daemon
 from ipam_daemon.faults import POINTS, VARIABLE
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import Answer, Container, at_once, containers, pod_links, status
+from tests.netns.containers import CONFIG, Answer, Container, at_once, containers, on_node, pod_links, status
 from tests.netns.traffic import traffic
 
 PATIENCE = 30.0
@@ -39,6 +39,16 @@ PROMISES = (
     "no address twice",
     "running pods lose no packet",
 )
+
+
+WHOLE = {
+    **CONFIG,
+    "runtimeConfig": {
+        "portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": protocol} for protocol in ("tcp", "udp")],
+        "bandwidth": dict.fromkeys(("ingressRate", "ingressBurst", "egressRate", "egressBurst"), 800_000_000),
+    },
+}
+"""What an ADD asks for at the points of ADD and DEL: ports of the node, and limits in both directions."""
 
 
 @dataclass
@@ -112,7 +122,7 @@ Story = Callable[[Scene, str], dict[str, Answer]]
 
 def killed_during_add(scene: Scene, point: str) -> dict[str, Answer]:
     scene.arm(point)
-    return {"ADD": scene.boxes[0].call("ADD")}
+    return {"ADD": scene.boxes[0].call("ADD", WHOLE)}
 
 
 def killed_during_a_failing_add(scene: Scene, point: str) -> dict[str, Answer]:
@@ -120,13 +130,13 @@ def killed_during_a_failing_add(scene: Scene, point: str) -> dict[str, Answer]:
     box = scene.boxes[0]
     box.run("ip", "link", "add", "eth0", "type", "bridge")
     scene.arm(point)
-    answer = box.call("ADD")
+    answer = box.call("ADD", WHOLE)
     box.run("ip", "link", "delete", "eth0")
     return {"ADD": answer}
 
 
 def killed_during_del(scene: Scene, point: str) -> dict[str, Answer]:
-    assert scene.boxes[0].call("ADD").error == 0
+    assert scene.boxes[0].call("ADD", WHOLE).error == 0
     scene.arm(point)
     return {"DEL": scene.boxes[0].call("DEL")}
 
@@ -188,9 +198,11 @@ STORIES: dict[Story, tuple[str, ...]] = {
         "journal.intending",
         "add.intended",
         "add.pair-made",
+        "add.limited",
         "add.pod-configured",
         "add.port-configured",
         "add.wired",
+        "add.host-ports-open",
         "add.committed",
         "held.written",
     ),
@@ -198,6 +210,7 @@ STORIES: dict[Story, tuple[str, ...]] = {
     killed_during_del: (
         "del.marked",
         "del.killed",
+        "del.host-ports-closed",
         "journal.releasing",
         "del.released",
         "reap.deleted",
@@ -214,6 +227,7 @@ QUICK = {
     "add.intended",
     "add.pair-made",
     "add.wired",
+    "add.host-ports-open",
     "add.committed",
     "undo.begun",
     "del.killed",
@@ -252,7 +266,7 @@ def test_a_daemon_killed_there_keeps_its_promises(
                 scene.start()
         check_answers(scene, answers)
         runtime_deletes(scene)
-        again = scene.boxes[0].call("ADD")
+        again = scene.boxes[0].call("ADD", WHOLE)
         record_property("add_again_s", round(time.monotonic() - began, 2))
         assert again.error == 0, again.body
         fill(scene)
@@ -284,7 +298,15 @@ def runtime_deletes(scene: Scene) -> None:
     process.wait_for(lambda: scene.held() == 1, PATIENCE, "all addresses but the talker's to be free")
     process.wait_for(lambda: len(pod_links(scene.lab, "node1")) == 1, PATIENCE, "the wires to be gone")
     process.wait_for(lambda: not scene.queue(), PATIENCE, "the queue to be empty")
+    process.wait_for(
+        lambda: "elements" not in ports_of_the_node(scene), PATIENCE, "no port of the node to lead to a pod"
+    )
+    assert "chain" not in on_node(scene.lab, "node1", "nft", "list", "ruleset", "netdev").stdout
     assert [box.name for box in scene.boxes if "eth0" in box.links()] == []
+
+
+def ports_of_the_node(scene: Scene) -> str:
+    return on_node(scene.lab, "node1", "nft", "list", "table", "inet", "podwire_hostports").stdout
 
 
 def fill(scene: Scene) -> None:

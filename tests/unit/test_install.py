@@ -52,7 +52,9 @@ def test_what_lies_there_afterwards(tmp_path: Path) -> None:
         "name": "green",
         "cniVersion": "1.0.0",
         "cniVersions": ["1.0.0", "1.1.0"],
-        "plugins": [{"type": "podwire", "capabilities": {"ips": True, "mac": True}}],
+        "plugins": [
+            {"type": "podwire", "capabilities": dict.fromkeys(("bandwidth", "ips", "mac", "portMappings"), True)}
+        ],
     }
     assert version_of(executable) == "1.1.0"
 
