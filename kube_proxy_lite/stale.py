@@ -33,13 +33,14 @@ Endpoints = Callable[[PortKey], Collection[tuple[Address, int]]]
 
 
 class Connection(msgspec.Struct, frozen=True, gc=False):
-    """An entry of conntrack: where the client sent it to, and who answers. Addresses are numbers.
+    """An entry of conntrack: who began it, where it was sent to, and who answers. Addresses are numbers.
 
     `handle` is what the kernel needs to know to find it again.
     """
 
     version: int
     protocol: str
+    source: int
     destination: int
     port: int
     endpoint: int

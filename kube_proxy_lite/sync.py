@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -53,8 +53,12 @@ Key = tuple[str, str]
 class Connections(Protocol):
     """The node's connections (apply/conntrack.py)."""
 
-    async def cut(self, judge: Callable[[Iterable[Connection]], list[Connection]]) -> int:
-        """Deletes those that `judge`, called in another thread, finds stale. Returns how many. Raises TryAgain."""
+    async def select(self, wanted: Callable[[Iterable[Connection]], list[Connection]]) -> list[Connection]:
+        """Those that `wanted`, called in another thread, picks. Raises TryAgain."""
+        ...
+
+    async def delete(self, connections: Sequence[Connection]) -> int:
+        """Deletes those that are still there. Returns how many. Raises TryAgain."""
         ...
 
 
@@ -200,9 +204,10 @@ class ServiceSync:
         looked_at = self._stale.begin()
         own = frozenset(map(int, self._own_addresses()))
         try:
-            cut = await self._connections.cut(
-                lambda found: self._stale.stale(found, looked_at, own, self.services.endpoints)
+            found = await self._connections.select(
+                lambda all_: self._stale.stale(all_, looked_at, own, self.services.endpoints)
             )
+            cut = await self._connections.delete(found)
         except TryAgain:
             self._stale.again(looked_at)
             raise

@@ -14,7 +14,8 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from kube_proxy_lite.stale import Connection
 from podwire.errors import TryAgain
@@ -35,6 +36,7 @@ _SOURCE: dict[int, int] = {socket.AF_INET: 1, socket.AF_INET6: 3}  # CTA_IP_V4_S
 _DESTINATION: dict[int, int] = {socket.AF_INET: 2, socket.AF_INET6: 4}
 _PROTOCOLS: dict[int, str] = {socket.IPPROTO_TCP: "TCP", socket.IPPROTO_UDP: "UDP", socket.IPPROTO_SCTP: "SCTP"}
 _BUFFER, _SECONDS = 1 << 18, 30.0
+T = TypeVar("T")
 
 
 class ConntrackFailed(TryAgain):
@@ -42,28 +44,38 @@ class ConntrackFailed(TryAgain):
 
 
 class Conntrack:
-    """The connections of this network namespace."""
+    """The connections of this network namespace (sync.Connections)."""
 
-    async def cut(self, judge: Callable[[Iterable[Connection]], list[Connection]]) -> int:
-        """Deletes what `judge`, called in another thread, finds stale. Returns how many. Raises ConntrackFailed."""
+    async def select(self, wanted: Callable[[Iterable[Connection]], list[Connection]]) -> list[Connection]:
+        """Those that `wanted`, called in another thread, picks. Raises ConntrackFailed."""
+        return await self._in_thread(lambda: _select(wanted))
+
+    async def delete(self, connections: Sequence[Connection]) -> int:
+        """Deletes those that are still there. Returns how many. Raises ConntrackFailed."""
+        return await self._in_thread(lambda: _delete_all(connections)) if connections else 0
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         try:
-            return await asyncio.to_thread(self._cut, judge)
+            return await asyncio.to_thread(work)
         except OSError as error:
             raise ConntrackFailed(f"conntrack: {error.strerror or error}") from error
 
-    def _cut(self, judge: Callable[[Iterable[Connection]], list[Connection]]) -> int:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as channel:
-            channel.settimeout(_SECONDS)
-            channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-            stale = judge(each for family in _VERSIONS for each in _dump(channel, family))
-            return sum(_delete(channel, each) for each in stale)
+
+def _channel() -> socket.socket:
+    channel = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+    channel.settimeout(_SECONDS)
+    channel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+    return channel
 
 
-def connections() -> list[Connection]:
-    """Every connection that the kernel knows in this thread's network namespace. Raises OSError."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as channel:
-        channel.settimeout(_SECONDS)
-        return [each for family in _VERSIONS for each in _dump(channel, family)]
+def _select(wanted: Callable[[Iterable[Connection]], list[Connection]]) -> list[Connection]:
+    with _channel() as channel:
+        return wanted(each for family in _VERSIONS for each in _dump(channel, family))
+
+
+def _delete_all(connections: Sequence[Connection]) -> int:
+    with _channel() as channel:
+        return sum(_delete(channel, each) for each in connections)
 
 
 def _dump(channel: socket.socket, family: int) -> Iterator[Connection]:
@@ -90,13 +102,15 @@ def _read(answer: bytes) -> Connection | None:
     protocol = _PROTOCOLS.get(there[_NUMBER][0])
     if protocol is None:
         return None
+    asked = dict(_nested(original[_IP]))
     handle = _attribute(_ORIGINAL | _NESTED, attributes[_ORIGINAL])
     for kind in (_ID, _ZONE):
         handle += _attribute(kind, attributes[kind]) if kind in attributes else b""
     return Connection(
         _VERSIONS[family],
         protocol,
-        int.from_bytes(dict(_nested(original[_IP]))[_DESTINATION[family]], "big"),
+        int.from_bytes(asked[_SOURCE[family]], "big"),
+        int.from_bytes(asked[_DESTINATION[family]], "big"),
         int.from_bytes(there[_DESTINATION_PORT], "big"),
         int.from_bytes(dict(_nested(reply[_IP]))[_SOURCE[family]], "big"),
         int.from_bytes(back[_SOURCE_PORT], "big"),

@@ -168,6 +168,12 @@ class Policies:
         subject = self._subjects.get(pod.uid)
         return subject.classes if subject else {}
 
+    def isolated(self) -> frozenset[int]:
+        """The addresses, as numbers, of protected pods that a policy isolates."""
+        return frozenset(
+            int(each) for subject in self._subjects.values() if subject.classes for each in subject.addresses
+        )
+
     def is_protected(self, pod: PodFacts) -> bool:
         """Whether the policies of `pod` are this node's to enforce."""
         return self._node is None or pod.node == self._node

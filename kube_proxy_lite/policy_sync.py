@@ -1,0 +1,226 @@
+"""NetworkPolicy from objects to the kernel, and the node's pods held back until theirs is there.
+
+    Source ──batches──▶ Policies ──facts──▶ PolicyRenderer ──scripts──▶ PolicyApplier ──▶ kernel
+    daemon ──attached─▶    │                                                                │
+       ▲                   └──────────── Runner ──── settled when the run has ended ◀───────┘
+       └── settled ──────────────────────────────┘
+                                        └── connections that a change forbids are cut
+
+Nothing is rendered before every source has said what there is: until then what an earlier process has left stands. A
+pod that the daemon attaches is settled by the run that has its policies, or, when the API has not shown it for
+`patience` seconds, as it is: closed, if there is any policy at all.
+
+Connections that were allowed go on by themselves, whatever policies say later, since only their first packet is judged.
+So after a change those of protected pods are judged again, in the direction in which they were begun, and what is not
+allowed any more is deleted: its next packet is a new connection, and is dropped (`cut` False leaves them).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import aclosing
+from typing import Any
+
+from kube_proxy_lite.apply.policy_nftables import PolicyApplier
+from kube_proxy_lite.attached import Attached
+from kube_proxy_lite.model import Address, Network
+from kube_proxy_lite.policy.evaluate import judge
+from kube_proxy_lite.policy.model import Flow
+from kube_proxy_lite.policy.policies import Policies
+from kube_proxy_lite.render.interface import ApplyFailed
+from kube_proxy_lite.render.policy_nftables import PolicyRenderer
+from kube_proxy_lite.stale import Connection
+from kube_proxy_lite.sync import Connections, SyncObserver
+from podwire.kube.kinds import NAMESPACES, NETWORK_POLICIES, PODS, Kind, Wanted
+from podwire.kube.source import Batch, Source
+from podwire.runner import Runner
+
+log = logging.getLogger(__name__)
+Key = tuple[str, str]
+_AT_ONCE = 1000  # connections that are judged before others have their turn
+
+
+class PolicySync:
+    """Keeps this node's kernel at what the cluster's NetworkPolicies say."""
+
+    def __init__(
+        self,
+        policies: Policies,
+        node: str,
+        renderer: PolicyRenderer,
+        applier: PolicyApplier,
+        connections: Connections,
+        observer: SyncObserver,
+        *,
+        period: float = 30.0,
+        patience: float = 2.0,
+        cut: bool = True,
+        own_addresses: Callable[[], Collection[Address]] = tuple,
+    ) -> None:
+        """`period`: seconds between two looks at the whole; `own_addresses` are the node's."""
+        self.policies = policies
+        self.runner = Runner("bringing policies to the kernel", self._run, max_interval=period)
+        self.repairer = Runner("looking at connections", self._repair, max_interval=3600.0, min_interval=0.25)
+        self.settle: Callable[[Iterable[int]], None] = lambda _numbers: None
+        """Is told the numbers of pods that may start."""
+        self.synced_at = 0.0
+        self.generation = 0
+        """How often the kernel was brought to what the cluster says: what was known before a run is in effect after."""
+        self._node = node
+        self._renderer = renderer
+        self._applier = applier
+        self._connections = connections
+        self._observer = observer
+        self._patience = patience
+        self._cut = cut
+        self._own_addresses = own_addresses
+        self._awaited = {kind.resource for kind in (PODS, NAMESPACES, NETWORK_POLICIES)}
+        self._blocks: frozenset[Network] = frozenset()
+        self._attached: dict[int, Attached] = {}
+        self._unsettled: dict[int, float] = {}  # number → when its patience ends
+
+    @property
+    def synced(self) -> bool:
+        """Whether every source has said what there is, and the kernel has it."""
+        return not self._awaited and bool(self.synced_at)
+
+    # --- objects
+
+    def wanted(self) -> tuple[Wanted[Any], ...]:
+        """What is to be followed."""
+        return Wanted(kind=NAMESPACES), Wanted(kind=NETWORK_POLICIES), Wanted(kind=PODS)
+
+    async def follow(self, source: Source, wanted: Wanted[Any]) -> None:
+        """Takes what `source` says of one kind, until cancelled."""
+        async with aclosing(source.follow(wanted)) as batches:
+            async for batch in batches:
+                self.take(batch)
+
+    def take(self, batch: Batch[Any]) -> None:
+        """Takes a batch in, and asks for a run."""
+        setter, dropper = self._doors(batch.kind)
+        for key in batch.deletes:
+            dropper(key)
+        for obj in batch.upserts:
+            setter(obj)
+        if batch.synced:
+            self._awaited.discard(batch.kind.resource)
+        self._request()
+
+    def _doors(self, kind: Kind[Any]) -> tuple[Callable[[Any], None], Callable[[Key], None]]:
+        policies = self.policies
+        doors: dict[str, tuple[Callable[[Any], None], Callable[[Key], None]]] = {
+            PODS.resource: (policies.set_pod, policies.drop_pod),
+            NAMESPACES.resource: (policies.set_namespace, policies.drop_namespace),
+            NETWORK_POLICIES.resource: (policies.set_policy, policies.drop_policy),
+        }
+        return doors[kind.resource]
+
+    def _request(self) -> None:
+        if not self._awaited:
+            self.runner.request()
+
+    # --- the daemon's pods (attached.Follower)
+
+    def attached(self, pods: Iterable[Attached], everything: bool) -> None:
+        """Pods were attached; `everything` that these are all."""
+        pods = list(pods)
+        if everything:
+            self.gone(self._attached.keys() - {pod.number for pod in pods})
+        deadline = asyncio.get_running_loop().time() + self._patience
+        for pod in pods:
+            self._attached[pod.number] = pod
+            self._unsettled[pod.number] = deadline
+            self.policies.attach(pod.key, pod.uid, pod.addresses)
+        self._request()
+
+    def gone(self, numbers: Iterable[int]) -> None:
+        """Attachments are gone."""
+        for number in list(numbers):
+            pod = self._attached.pop(number, None)
+            self._unsettled.pop(number, None)
+            if pod is not None and not any(each.key == pod.key for each in self._attached.values()):
+                self.policies.detach(pod.key)
+        self._request()
+
+    def blocks(self, blocks: frozenset[Network]) -> None:
+        """The node's blocks of addresses."""
+        if blocks != self._blocks:
+            self._blocks = blocks
+            self._request()
+
+    async def settle_forever(self) -> None:
+        """Lets pods that the API does not show start when their patience ends, until cancelled."""
+        while True:
+            await asyncio.sleep(self._patience / 4)
+            now = asyncio.get_running_loop().time()
+            if self.synced:
+                late = [each for each, end in self._unsettled.items() if now >= end and not self._is_shown(each)]
+                for pod in map(self._attached.__getitem__, late):
+                    log.warning("pod %s/%s is not in the API; it starts closed", pod.namespace, pod.name)
+                self._let_start(late)
+
+    def _is_shown(self, number: int) -> bool:
+        """Whether the API shows the pod that the daemon has attached, and not a former one of its name."""
+        pod = self._attached[number]
+        known = self.policies.pod(pod.key)
+        return known is not None and (not pod.uid or pod.uid in known.uids) and self.policies.is_protected(known)
+
+    def _let_start(self, numbers: list[int]) -> None:
+        settled = [number for number in numbers if self._unsettled.pop(number, None) is not None]
+        if settled:
+            self.settle(settled)
+
+    # --- the kernel
+
+    async def _run(self, resync: bool) -> None:
+        began = time.perf_counter()
+        shown = [number for number in self._unsettled if self._is_shown(number)]
+        facts = self.policies.drain()
+        scripts = self._renderer.update(facts, self._blocks if self.policies.any else frozenset())
+        try:
+            if resync or not self.synced_at:
+                scripts = self._renderer.resync(await self._applier.read())
+            await self._applier.apply(scripts)
+        except ApplyFailed as error:
+            self._observer.failed(str(error))
+            raise
+        self.synced_at = time.time()
+        self.generation += 1
+        self._let_start(shown)
+        if facts and self._cut:
+            self.repairer.request()
+        waited = asyncio.get_running_loop().time() - self.runner.serving
+        self._observer.synced(time.perf_counter() - began, resync, len(facts), waited)
+
+    # --- connections
+
+    async def _repair(self, resync: bool) -> None:  # noqa: ARG002
+        isolated = self.policies.isolated()
+        concerned = await self._connections.select(
+            lambda found: [each for each in found if each.source in isolated or each.endpoint in isolated]
+        )
+        own = dict.fromkeys(self._own_addresses(), self._node)
+        forbidden: list[Connection] = []
+        for start in range(0, len(concerned), _AT_ONCE):
+            part = concerned[start : start + _AT_ONCE]
+            forbidden += [each for each in part if self._is_forbidden(each, own)]
+            await asyncio.sleep(0)
+        cut = await self._connections.delete(forbidden)
+        if cut:
+            self._observer.cut(cut)
+
+    def _is_forbidden(self, connection: Connection, nodes: dict[Address, str]) -> bool:
+        """Whether a connection that was begun could not be begun now."""
+        make = ipaddress.IPv4Address if connection.version == 4 else ipaddress.IPv6Address
+        flow = Flow(
+            source=make(connection.source),
+            destination=make(connection.endpoint),
+            protocol=connection.protocol,
+            port=connection.endpoint_port,
+        )
+        return not judge(self.policies, flow, nodes).allowed
