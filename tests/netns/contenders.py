@@ -203,14 +203,15 @@ class Reference(Contender):
     bridge = "ref0"
 
     def plain(self) -> Config:
-        ipam = {"type": "host-local", "ranges": [[{"subnet": "10.99.0.0/24"}]], "dataDir": str(self._data())}
+        ranges = [[{"subnet": {4: "10.99.0.0/24", 6: "fd00:99::/64"}[family]}] for family in self.lab.families]
+        ipam = {"type": "host-local", "ranges": ranges, "dataDir": str(self._data())}
         return {"type": "bridge", "bridge": self.bridge, "isDefaultGateway": True, "hairpinMode": True, "ipam": ipam}
 
     def executable(self) -> Path:
         return DEBIAN / "bridge"
 
     def reserved(self) -> set[str]:
-        files = self._data().glob("*/[0-9]*")
+        files = [*self._data().glob("*/[0-9]*.*"), *self._data().glob("*/*:*")]
         return {f"{each.parent.name}/{'/'.join(each.read_text().split())} {each.name}" for each in files}
 
     def links(self) -> set[str]:
