@@ -11,18 +11,24 @@ not see it.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from kube_proxy_lite.apply import nft_learning
 from kube_proxy_lite.render.interface import ApplyFailed
-from kube_proxy_lite.render.nftables_layout import AFFINITY, WORDS
+from kube_proxy_lite.render.nftables_layout import AFFINITY, NAME, WORDS
 from kube_proxy_lite.render.nftables_listing import Listing, TableListing, parse_table
-from kube_proxy_lite.render.nftables_transactions import Stale, Transaction
+from kube_proxy_lite.render.nftables_transactions import Learning, Stale, Transaction
 
 _NFT_SECONDS = 30.0
 _ROUNDS = 5
 _BATCH = 2000
 _REMEMBERED = 64
+
+
+class NftRefused(ApplyFailed):
+    """nft ran, and said no."""
 
 
 class NftablesApplier:
@@ -43,6 +49,8 @@ class NftablesApplier:
         for transaction in transactions:
             if transaction.script:
                 await self._run("-f", "-", stdin=transaction.script)
+            for learning in transaction.learning:
+                await self._learn(learning)
             if transaction.stale:
                 await self._forget(transaction.stale)
 
@@ -59,10 +67,15 @@ class NftablesApplier:
     async def _table(self, version: int) -> TableListing | None:
         try:
             return parse_table(await self._run("-p", "list", "table", *WORDS[version].table.split()))
-        except ApplyFailed as error:
+        except NftRefused as error:
             if "No such file" in str(error):
                 return None
             raise
+
+    async def _learn(self, learning: Learning) -> None:
+        """In a process, which lives where nft does; once for a timeout that no Service had before."""
+        arguments = (NAME, learning.chain, AFFINITY, str(learning.seconds))
+        await self._process(*self._nft[:-1], sys.executable, "-IS", nft_learning.__file__, *arguments)
 
     async def _forget(self, stale: Iterable[Stale]) -> None:
         by_table: dict[str, dict[str, frozenset[str]]] = {}
@@ -75,7 +88,7 @@ class NftablesApplier:
                 try:
                     await self._forget_in(table, places)
                     break
-                except ApplyFailed:
+                except NftRefused:
                     if tries == 1:
                         raise
 
@@ -88,22 +101,26 @@ class NftablesApplier:
             await self._run("-f", "-", stdin=f"delete element {table} {AFFINITY} {{ {listed} }}\n")
 
     async def _run(self, *arguments: str, stdin: str = "") -> str:
+        return await self._process(*self._nft, *arguments, stdin=stdin)
+
+    async def _process(self, *command: str, stdin: str = "") -> str:
         pipe = asyncio.subprocess.PIPE
         try:
-            process = await asyncio.create_subprocess_exec(*self._nft, *arguments, stdin=pipe, stdout=pipe, stderr=pipe)
+            process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
         except OSError as error:
-            raise ApplyFailed(f"{self._nft[0]} cannot be run: {error.strerror}") from error
+            raise ApplyFailed(f"{command[0]} cannot be run: {error.strerror}") from error
         self._started.append(process.pid)
         try:
             out, err = await asyncio.wait_for(process.communicate(stdin.encode()), _NFT_SECONDS)
         except TimeoutError as error:
-            raise ApplyFailed(f"nft gave no answer within {_NFT_SECONDS:g} s") from error
+            raise ApplyFailed(f"{command[0]} gave no answer within {_NFT_SECONDS:g} s") from error
         finally:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
         if process.returncode != 0:
-            raise ApplyFailed(f"nft {' '.join(arguments)}: {' '.join(err.decode(errors='replace').split())[:2000]}")
+            said = " ".join(err.decode(errors="replace").split())[:2000]
+            raise NftRefused(f"{' '.join(command)}: {said}")
         return out.decode()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from kube_proxy_lite.render.interface import ApplyFailed
 from kube_proxy_lite.render.nftables_elements import INTERVALS
-from kube_proxy_lite.render.nftables_layout import AFFINITY, WORDS
+from kube_proxy_lite.render.nftables_layout import AFFINITY, WORDS, chain_rules
 from kube_proxy_lite.render.nftables_listing import Listing, TableListing
 from kube_proxy_lite.render.nftables_transactions import Transaction
 
@@ -61,6 +61,12 @@ class FakeNft:
         for transaction in transactions:
             self.sizes.append(transaction.elements)
             self.run(transaction.script)
+            for each in transaction.learning:
+                words = WORDS[each.version]
+                table = self.tables[words.table]
+                if table.chains[each.chain]:
+                    raise ApplyFailed(f"{each.chain} is not empty")
+                table.chains[each.chain] = chain_rules(words, each.chain)
             for stale in transaction.stale:
                 entries = self.tables[stale.table].sets[AFFINITY]
                 for key in [key for key in entries if key.split(" . ", 1)[1].endswith(stale.place)]:

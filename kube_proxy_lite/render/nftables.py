@@ -55,10 +55,11 @@ from kube_proxy_lite.render.nftables_layout import (
     mark,
     rule_counts,
     rules,
+    seconds_learned,
     sets_mark,
 )
 from kube_proxy_lite.render.nftables_listing import Listing, TableListing
-from kube_proxy_lite.render.nftables_transactions import LIMIT, Batch, Change, Stale, Transaction
+from kube_proxy_lite.render.nftables_transactions import LIMIT, Batch, Change, Learning, Stale, Transaction
 
 Transactions = tuple[Transaction, ...]
 
@@ -182,11 +183,16 @@ class _Table:
     def _change_shared(self, name: str, key: str, there: bool, batch: Batch) -> None:
         if name == CHAIN:
             if there:
-                batch.first += make_chain(self.words, key, chain_rules(self.words, key))
+                self._make_chain(key, batch)
             else:
                 batch.last.append(f"delete chain {self.words.table} {key}")
         else:
             self._change(name, key, None if there else "", "" if there else None, batch)
+
+    def _make_chain(self, name: str, batch: Batch) -> None:
+        batch.first += make_chain(self.words, name, chain_rules(self.words, name))
+        if seconds := seconds_learned(self.words, name):
+            batch.learning.append(Learning(self.words.version, name, seconds))
 
     def _diff_own(
         self, before: Mapping[tuple[str, str], str], after: Mapping[tuple[str, str], str], batch: Batch
@@ -282,7 +288,7 @@ class _Table:
         for name in sorted(needed):
             lines = chain_rules(words, name)
             if not same_rules or counts.get(name) != len(lines):
-                batch.first += make_chain(words, name, lines)
+                self._make_chain(name, batch)
         for name in sorted(there.chains.keys() - needed - constant.keys()):
             if CHAIN_NAME.fullmatch(name):
                 batch.last.append(f"delete chain {words.table} {name}")

@@ -41,15 +41,25 @@ class Stale(msgspec.Struct, frozen=True):
     endpoints: frozenset[str]
 
 
+class Learning(msgspec.Struct, frozen=True):
+    """An empty chain that is to get the rules which remember clients for so many seconds, as messages."""
+
+    version: int
+    chain: str
+    seconds: int
+
+
 class Transaction(msgspec.Struct, frozen=True):
     """One script for `nft -f`, whole or not at all. `elements` counts those that are added, replaced or deleted.
 
-    `stale` are entries of the affinity maps to be deleted afterwards. Only the kernel knows them, since it learns them.
+    `learning` are rules that nft cannot be told as text, to be added afterwards. `stale` are entries of the affinity
+    maps to be deleted then. Only the kernel knows them, since it learns them.
     """
 
     script: str
     elements: int
     stale: tuple[Stale, ...] = ()
+    learning: tuple[Learning, ...] = ()
 
 
 class Batch:
@@ -66,6 +76,8 @@ class Batch:
         self.last: list[str] = []
         """Commands that come after everything else: chains that are not needed."""
         self.stale: list[Stale] = []
+        self.learning: list[Learning] = []
+        """For chains that `first` makes."""
 
     def transactions(self, limit: int = LIMIT) -> tuple[Transaction, ...]:
         """In order; `limit` elements at most in each."""
@@ -73,9 +85,11 @@ class Batch:
         self.referred.sort(key=_turn)
         made = _transactions(self.first, [*self.referred, *self.flips], self.finish, limit)
         made += _transactions([], self.removals, self.last, limit)
+        if self.learning:
+            made[0] = msgspec.structs.replace(made[0], learning=tuple(self.learning))
         if self.stale:
             last = made.pop() if made else Transaction("", 0)
-            made.append(Transaction(last.script, last.elements, tuple(self.stale)))
+            made.append(msgspec.structs.replace(last, stale=tuple(self.stale)))
         return tuple(made)
 
 

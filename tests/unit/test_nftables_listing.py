@@ -2,58 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kube_proxy_lite.render.nftables_listing import TableListing, parse_table
 
-LISTING = """table ip podwire_proxy {
-	set cluster_ips {
-		type ipv4_addr
-		elements = { 10.96.0.1, 10.96.0.2,
-			     10.96.0.3 }
-	}
-
-	set pods {
-		type ipv4_addr
-		flags interval
-		elements = { 10.244.0.0/16 }
-	}
-
-	map services {
-		type ipv4_addr . inet_proto . inet_service : verdict
-		elements = { 10.96.0.1 . 6 . 80 : goto lb_tcp_3,
-			     10.96.0.2 . 6 . 80 comment "somebody's, not ours" : drop,
-			     10.96.0.3 . 17 . 53 : goto refuse }
-	}
-
-	map affinity {
-		type ipv4_addr . ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
-		size 65536
-		flags dynamic,timeout
-		elements = { 10.0.0.9 . 10.96.0.1 . 6 . 80 timeout 3h expires 2h59m59s996ms : 10.244.1.3 . 8080,
-			     10.0.0.8 . 10.96.0.1 . 6 . 80 timeout 1m expires 1s : 10.244.1.4 . 8080 }
-	}
-
-	map learners {
-		type ipv4_addr . inet_proto . inet_service : verdict
-	}
-
-	chain prerouting {
-		type nat hook prerouting priority dstnat; policy accept;
-		ip daddr . meta l4proto . th dport vmap @services
-		goto unknown
-	}
-
-	chain unknown {
-	}
-
-	chain shape {
-		counter packets 0 bytes 0 comment "sets=12 rules=34"
-	}
-}
-"""
+LISTING = Path(__file__).parent.parent / "golden" / "nft-listing.txt"
 
 
 def test_a_table() -> None:
-    listing = parse_table(LISTING)
+    listing = parse_table(LISTING.read_text())
     assert listing.sets == {
         "cluster_ips": {"10.96.0.1": "", "10.96.0.2": "", "10.96.0.3": ""},
         "pods": {"10.244.0.0/16": ""},

@@ -61,7 +61,7 @@ WHOLE = (
         "dns", protocol=Protocol.UDP, number=2, affinity=10800, only=(FrontendKind.CLUSTER_IP, FrontendKind.NODE_PORT)
     ),
     plan("empty", cluster=(), number=3, protocol=Protocol.SCTP, only=(FrontendKind.CLUSTER_IP,)),
-    plan("six", version=6, number=4, only=(FrontendKind.CLUSTER_IP,)),
+    plan("six", version=6, number=4, affinity=60, only=(FrontendKind.CLUSTER_IP,)),
 )
 
 
@@ -361,6 +361,7 @@ DAMAGE = {
         'add rule ip podwire_proxy shape counter comment "sets=0 rules=0"\n'
         "flush chain ip podwire_proxy lb_tcp_2"
     ),
+    "a chain that remembers flushed": "flush chain ip6 podwire_proxy learn_60",
     "a chain that is not needed": "add chain ip podwire_proxy np_udp_77",
 }
 
