@@ -32,7 +32,16 @@ from ipam_daemon.guard import SpoofGuard
 from ipam_daemon.hostport_table import read_table
 from ipam_daemon.hostports import mappings_of
 from ipam_daemon.model import Address, Attachment, Network, host_mac
-from ipam_daemon.netlink import NetlinkThread, container, container_channel, index_of, naming, tolerating
+from ipam_daemon.netlink import (
+    NetlinkThread,
+    container,
+    container_channel,
+    index_of,
+    naming,
+    read_sysctl,
+    tolerating,
+    write_sysctl,
+)
 from ipam_daemon.plan import BRIDGE, alias_of, attachment_of
 from ipam_daemon.rtnl import (
     Channel,
@@ -49,7 +58,7 @@ from ipam_daemon.rtnl import (
     set_port,
 )
 from ipam_daemon.shaper import Shaper
-from podwire.netns import NetnsError, open_netns
+from podwire.netns import NetnsError, inside, open_netns
 
 DOOMED_GROUP = 0x70770DED
 """The link group of wires that are to be deleted."""
@@ -147,6 +156,8 @@ class Wires:
 
     def _configure_container(self, attachment: Attachment, netns: int, gateways: Mapping[Network, Address]) -> None:
         ifname = attachment.key.ifname
+        if any(interface.version == 6 for interface in attachment.addresses):
+            _enable_ipv6(netns, ifname)
         with container_channel(netns, ifname) as (channel, index), naming(f"{attachment.key} in its namespace"):
             addresses = [add_address(index, interface) for interface in attachment.addresses]
             routes = [add_default_route(index, gateways[interface.network]) for interface in attachment.addresses]
@@ -354,6 +365,14 @@ class Wires:
             self._thread.host.link("set", index=link["index"], master=index_of(self._bridge), state=_UP)
         self._configure_port(attachment)
         return WireState.MENDED
+
+
+def _enable_ipv6(netns: int, ifname: str) -> None:
+    """Some runtimes make namespaces in which no interface has IPv6 unless somebody says so (disable_ipv6)."""
+    disabled = f"net/ipv6/conf/{ifname}/disable_ipv6"
+    with inside(netns):
+        if read_sysctl(disabled) == "1":
+            write_sysctl(disabled, "0")
 
 
 def _resize(channel: Channel, index: int, known: int, mtu: int) -> None:

@@ -119,6 +119,16 @@ def test_the_first_packet_from_another_node_finds_a_new_pod(lab: LabState) -> No
         wait(partial(nothing_is_held, lab, name), f"{name} to be empty")
 
 
+def test_a_namespace_without_ipv6_gets_it_for_its_interface(lab: LabState) -> None:
+    off = "for each in all default lo; do echo 1 >/proc/sys/net/ipv6/conf/$each/disable_ipv6; done"
+    with containers(lab, "node1", "off", 1) as (box,):
+        assert box.run("sh", "-c", off).returncode == 0
+        for each in box.call("ADD").body["ips"]:
+            assert box.run("ping", "-n", "-c", "1", "-W", "1", each["gateway"]).returncode == 0
+        box.call("DEL")
+    wait(partial(nothing_is_held, lab, "node1"), "node1 to be empty")
+
+
 def large(address: str, mtu: int) -> list[str]:
     """A ping that fills a packet of this size, and may not be cut."""
     headers = 48 if ":" in address else 28
