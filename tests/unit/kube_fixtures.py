@@ -20,7 +20,7 @@ from podwire.kube.kinds import Key, T, Wanted
 from podwire.kube.source import Batch, Skipped, Source
 
 LIMIT = 30.0  # seconds after which a test that waits has failed
-QUICK = Pace(mark=0.3, silence=0.5, first=0.01, most=0.05, slow=0.05, short=0.05)
+QUICK = Pace(mark=1.0, silence=1.5, first=0.01, most=0.05, slow=0.05, short=0.05)
 R = TypeVar("R")
 
 
@@ -141,7 +141,7 @@ class Script:
 def client(*urls: str, user: User | None = None, timing: Timing | None = None, **options: Any) -> Client:
     """A client of these servers."""
     access = Access(servers=urls, origin="test", user=user or User())
-    return Client(access, timing=timing or Timing(connect=1.0, answer=1.0, silence=1.0), **options)
+    return Client(access, timing=timing or Timing(connect=2.0, answer=2.0, silence=2.0), **options)
 
 
 # --- a consumer -------------------------------------------------------------------------------------------------

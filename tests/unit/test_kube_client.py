@@ -68,7 +68,7 @@ def test_the_next_endpoint_is_asked_and_stays_the_first(reply: Reply | None, out
             if reply is None:
                 urls[0] = nobody()
             one = await stack.enter_async_context(
-                client(*urls, observer=seen, timing=Timing(connect=0.3, answer=0.3, silence=0.3))
+                client(*urls, observer=seen, timing=Timing(connect=1.0, answer=1.0, silence=1.0))
             )
             if outcome == "broken off":  # an answer that has begun is not begun again behind the reader's back
                 with pytest.raises(ApiUnavailable):
@@ -228,7 +228,7 @@ def test_tls_connects_or_says_why_not(server: str, options: dict[str, Any], word
                 servers=(url,), origin="t", ca=ca, user=user,
                 insecure=options.get("insecure", False), server_name=options.get("server_name", ""),
             )  # fmt: skip
-            async with Client(access, timing=Timing(connect=1, answer=1)) as one:
+            async with Client(access, timing=Timing(connect=3, answer=3)) as one:
                 if not words:
                     assert await one.get("/", {}) == b"{}"
                     return
@@ -248,7 +248,7 @@ def test_a_certificate_that_is_replaced_is_shown_from_then_on(keys: Keys, tmp_pa
     async def story() -> None:
         async with Script(OK).serving(served(keys, keys.server)) as url:
             access = Access(servers=(url,), origin="t", ca=Pem(path=str(keys.ours.ca)), user=owner(own))
-            async with Client(access, timing=Timing(connect=1, answer=1)) as one:
+            async with Client(access, timing=Timing(connect=3, answer=3)) as one:
                 put(keys.stranger)
                 with pytest.raises(ApiUnavailable):
                     await one.get("/", {})

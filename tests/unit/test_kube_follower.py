@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from podwire.kube.decode import Broken, Gone, Reader
@@ -44,6 +44,7 @@ def feed(one: Follower[Service], mirror: Mirror[Service], *lines: bytes) -> None
 # --- lines ------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b""))), st.data())
 def test_lines_are_the_same_however_they_arrive(lines: list[bytes], data: st.DataObject) -> None:
     whole = b"".join(line + b"\n" for line in lines)
@@ -318,6 +319,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(STEPS, st.data())
 def test_whatever_happens_the_mirror_ends_as_the_server(steps: list[tuple[str, str]], data: st.DataObject) -> None:
     server, one, mirror = Server(), Follower(ALL), Mirror[Service]()
