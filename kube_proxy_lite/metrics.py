@@ -14,7 +14,7 @@ _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 3
 
 
 class Metrics:
-    """Implements the observers of the sync and of the API's source."""
+    """Implements the observer of the API's source; `services` and `policies` are those of the syncs."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -57,6 +57,8 @@ class Metrics:
         self.failures = Counter("podwire_proxy_sync_failures", "Runs that failed", registry=registry)
         self.plans = Counter("podwire_proxy_changed_plans", "Ports of Services that changed", registry=registry)
         self.drift = Counter("podwire_proxy_drift", "Times that somebody else changed our rules", registry=registry)
+        self.services = ServiceObserver(self)
+        self.policies = PolicyObserver(registry)
         self.problems = Gauge("podwire_proxy_problems", "Objects, or parts of them, passed over", registry=registry)
         self.left_out = Counter(
             "podwire_proxy_objects_left_out", "Objects that could not be decoded", ["kind"], registry=registry
@@ -67,25 +69,6 @@ class Metrics:
         self.api_trouble = Gauge(
             "podwire_proxy_api_trouble", "1 while following a kind is hindered", ["kind"], registry=registry
         )
-
-    # --- SyncObserver
-
-    def synced(self, seconds: float, resync: bool, changes: int, waited: float) -> None:
-        """A run has ended well."""
-        self.sync_seconds.observe(seconds)
-        (self.full_seconds if resync else self.partial_seconds).observe(seconds)
-        self.last.set(time.time())
-        self.plans.inc(changes)
-        if changes:
-            self.programming_seconds.observe(waited)
-
-    def failed(self, reason: str) -> None:  # noqa: ARG002
-        """A run has failed; the log has the reason."""
-        self.failures.inc()
-
-    def cut(self, connections: int) -> None:
-        """Connections were cut."""
-        self.cut_connections.inc(connections)
 
     # --- podwire.kube's Observer
 
@@ -103,3 +86,63 @@ class Metrics:
     def problem(self, kind: str, reason: str) -> None:
         """Following a kind is hindered, or not any more."""
         self.api_trouble.labels(kind).set(1 if reason else 0)
+
+
+class ServiceObserver:
+    """sync.SyncObserver for Services."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def synced(self, seconds: float, resync: bool, changes: int, waited: float) -> None:
+        """A run has ended well."""
+        metrics = self._metrics
+        metrics.sync_seconds.observe(seconds)
+        (metrics.full_seconds if resync else metrics.partial_seconds).observe(seconds)
+        metrics.last.set(time.time())
+        metrics.plans.inc(changes)
+        if changes:
+            metrics.programming_seconds.observe(waited)
+
+    def failed(self, reason: str) -> None:  # noqa: ARG002
+        """A run has failed; the log has the reason."""
+        self._metrics.failures.inc()
+
+    def cut(self, connections: int) -> None:
+        """Connections were cut."""
+        self._metrics.cut_connections.inc(connections)
+
+
+class PolicyObserver:
+    """sync.SyncObserver for policies."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.seconds = Histogram("podwire_policy_sync_seconds", "Runs", ["kind"], buckets=_SECONDS, registry=registry)
+        self.programming_seconds = Histogram(
+            "podwire_policy_programming_seconds",
+            "From when a change reached the proxy until it was in the kernel",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.generation = Counter(
+            "podwire_policy_generations", "Times that the kernel was brought to the policies", registry=registry
+        )
+        self.failures = Counter("podwire_policy_sync_failures", "Runs that failed", registry=registry)
+        self.cut_connections = Counter(
+            "podwire_policy_cut_connections", "Connections cut that a change forbids", registry=registry
+        )
+
+    def synced(self, seconds: float, resync: bool, changes: int, waited: float) -> None:
+        """A run has ended well."""
+        self.seconds.labels("full" if resync else "partial").observe(seconds)
+        self.generation.inc()
+        if changes:
+            self.programming_seconds.observe(waited)
+
+    def failed(self, reason: str) -> None:  # noqa: ARG002
+        """A run has failed; the log has the reason."""
+        self.failures.inc()
+
+    def cut(self, connections: int) -> None:
+        """Connections were cut."""
+        self.cut_connections.inc(connections)

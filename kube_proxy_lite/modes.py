@@ -39,7 +39,7 @@ def make_mode(mode: Mode, settings: Settings) -> MadeMode:
 
 
 def _nftables(settings: Settings) -> MadeMode:
-    _need("nft", "nftables")
+    need("nft", "nftables")
     applier = NftablesApplier()
     tables = frozenset(words.table.split()[1] for words in WORDS.values())
     return MadeMode(renderer=NftablesRenderer(settings), applier=applier, tables=tables, is_own=applier.is_own)
@@ -49,7 +49,8 @@ def _iptables(settings: Settings) -> MadeMode:
     raise ModeUnavailable(f"mode is iptables on {settings.node}, which is not there yet; expected nftables or none")
 
 
-def _need(program: str, package: str) -> None:
+def need(program: str, package: str) -> None:
+    """Raises ModeUnavailable when a program is not there."""
     if shutil.which(program) is None:
         raise ModeUnavailable(f"the program {program} is not there, expected it in PATH; it comes with {package}")
 

@@ -22,11 +22,11 @@ import ipaddress
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
-from contextlib import aclosing
 from typing import Any
 
 from kube_proxy_lite.apply.policy_nftables import PolicyApplier
 from kube_proxy_lite.attached import Attached
+from kube_proxy_lite.intake import Intake, door
 from kube_proxy_lite.model import Address, Network
 from kube_proxy_lite.policy.evaluate import judge
 from kube_proxy_lite.policy.model import Flow
@@ -35,12 +35,10 @@ from kube_proxy_lite.render.interface import ApplyFailed
 from kube_proxy_lite.render.policy_nftables import PolicyRenderer
 from kube_proxy_lite.stale import Connection
 from kube_proxy_lite.sync import Connections, SyncObserver
-from podwire.kube.kinds import NAMESPACES, NETWORK_POLICIES, PODS, Kind, Wanted
-from podwire.kube.source import Batch, Source
+from podwire.kube.kinds import NAMESPACES, NETWORK_POLICIES, PODS, Wanted
 from podwire.runner import Runner
 
 log = logging.getLogger(__name__)
-Key = tuple[str, str]
 _AT_ONCE = 1000  # connections that are judged before others have their turn
 
 
@@ -67,6 +65,8 @@ class PolicySync:
         self.repairer = Runner("looking at connections", self._repair, max_interval=3600.0, min_interval=0.25)
         self.settle: Callable[[Iterable[int]], None] = lambda _numbers: None
         """Is told the numbers of pods that may start."""
+        self.ran: Callable[[], None] = lambda: None
+        """Is called after each run."""
         self.synced_at = 0.0
         self.generation = 0
         """How often the kernel was brought to what the cluster says: what was known before a run is in effect after."""
@@ -78,7 +78,16 @@ class PolicySync:
         self._patience = patience
         self._cut = cut
         self._own_addresses = own_addresses
-        self._awaited = {kind.resource for kind in (PODS, NAMESPACES, NETWORK_POLICIES)}
+        self.intake = Intake(
+            dict(
+                (
+                    door(NAMESPACES, policies.set_namespace, policies.drop_namespace),
+                    door(NETWORK_POLICIES, policies.set_policy, policies.drop_policy),
+                    door(PODS, policies.set_pod, policies.drop_pod),
+                )
+            ),
+            self.runner.request,
+        )
         self._blocks: frozenset[Network] = frozenset()
         self._attached: dict[int, Attached] = {}
         self._unsettled: dict[int, float] = {}  # number → when its patience ends
@@ -86,42 +95,18 @@ class PolicySync:
     @property
     def synced(self) -> bool:
         """Whether every source has said what there is, and the kernel has it."""
-        return not self._awaited and bool(self.synced_at)
-
-    # --- objects
+        return self.intake.complete and bool(self.synced_at)
 
     def wanted(self) -> tuple[Wanted[Any], ...]:
-        """What is to be followed."""
+        """What is to be followed. Policies before pods: a policy that comes to pods is looked at by each of them."""
         return Wanted(kind=NAMESPACES), Wanted(kind=NETWORK_POLICIES), Wanted(kind=PODS)
 
-    async def follow(self, source: Source, wanted: Wanted[Any]) -> None:
-        """Takes what `source` says of one kind, until cancelled."""
-        async with aclosing(source.follow(wanted)) as batches:
-            async for batch in batches:
-                self.take(batch)
-
-    def take(self, batch: Batch[Any]) -> None:
-        """Takes a batch in, and asks for a run."""
-        setter, dropper = self._doors(batch.kind)
-        for key in batch.deletes:
-            dropper(key)
-        for obj in batch.upserts:
-            setter(obj)
-        if batch.synced:
-            self._awaited.discard(batch.kind.resource)
-        self._request()
-
-    def _doors(self, kind: Kind[Any]) -> tuple[Callable[[Any], None], Callable[[Key], None]]:
-        policies = self.policies
-        doors: dict[str, tuple[Callable[[Any], None], Callable[[Key], None]]] = {
-            PODS.resource: (policies.set_pod, policies.drop_pod),
-            NAMESPACES.resource: (policies.set_namespace, policies.drop_namespace),
-            NETWORK_POLICIES.resource: (policies.set_policy, policies.drop_policy),
-        }
-        return doors[kind.resource]
+    def is_own(self, pid: int) -> bool:
+        """Whether a process is one that was started here."""
+        return self._applier.is_own(pid)
 
     def _request(self) -> None:
-        if not self._awaited:
+        if self.intake.complete:
             self.runner.request()
 
     # --- the daemon's pods (attached.Follower)
@@ -192,6 +177,7 @@ class PolicySync:
         self.synced_at = time.time()
         self.generation += 1
         self._let_start(shown)
+        self.ran()
         if facts and self._cut:
             self.repairer.request()
         waited = asyncio.get_running_loop().time() - self.runner.serving

@@ -38,6 +38,9 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     pod_interfaces: tuple[str, ...] = ()
     node_port_addresses: tuple[str, ...] = ()
     masquerade_all: bool = False
+    network_policy: bool = True
+    cut_connections: bool = True
+    daemon_socket: str = "/run/podwire/ipamd.sock"
     sync_period: float = 30.0
     min_sync_period: float = 0.0
     health_listen: str = "0.0.0.0:10256"

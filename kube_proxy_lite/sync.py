@@ -1,6 +1,6 @@
 """From objects to the kernel: batches in, what has changed out, and nothing that costs more than the change.
 
-    Source ──batches──▶ take() ──▶ Services ──changed──▶ Renderer ──transactions──▶ Applier ──▶ kernel
+    Source ──batches──▶ Intake ──▶ Services ──changed──▶ Renderer ──transactions──▶ Applier ──▶ kernel
                           │                                                           ▲
                           └──▶ Runner: a run soon after, all changes until then ──────┘
                                  │ resync: at the start, after a failure, on drift, periodically
@@ -20,11 +20,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
 from typing import Any, Protocol
 
 import msgspec
 
+from kube_proxy_lite.intake import Intake, door
 from kube_proxy_lite.model import Address, Health, PortKey, PortPlan, Problem, Settings
 from kube_proxy_lite.render.interface import Applier, ApplyFailed, Renderer
 from kube_proxy_lite.services import Services
@@ -35,13 +35,11 @@ from podwire.kube.kinds import (
     NODES,
     SERVICE_CIDRS,
     SERVICES,
-    Kind,
     Wanted,
     one_node,
     proxied_endpoint_slices,
     proxied_services,
 )
-from podwire.kube.source import Batch, Source
 from podwire.runner import Runner
 
 _NAMED_AT_ONCE = 20
@@ -108,7 +106,17 @@ class ServiceSync:
         self._own_addresses = own_addresses
         self._settings: Settings | None = None
         self._stale = StaleConnections()
-        self._awaited: set[str] = {kind.resource for kind in (SERVICES, ENDPOINT_SLICES, NODES, SERVICE_CIDRS)}
+        self.intake = Intake(
+            dict(
+                (
+                    door(SERVICES, services.set_service, services.drop_service),
+                    door(ENDPOINT_SLICES, services.set_slice, services.drop_slice),
+                    door(NODES, services.set_node, lambda _key: services.set_node(None)),
+                    door(SERVICE_CIDRS, services.set_service_cidr, lambda key: services.drop_service_cidr(key[1])),
+                )
+            ),
+            self.runner.request,
+        )
         self._plans: dict[PortKey, PortPlan] = {}
         self._reported: frozenset[Problem] = frozenset()
         self.health_changed: Callable[[Mapping[Key, Health | None]], None] = lambda _changed: None
@@ -116,45 +124,10 @@ class ServiceSync:
         self.synced_at = 0.0
         """When the kernel was last brought to what the cluster says, in seconds since the epoch; 0 if never."""
 
-    @property
-    def synced(self) -> bool:
-        """Whether every source has said what there is."""
-        return not self._awaited
-
-    # --- objects
-
     def wanted(self) -> tuple[Wanted[Any], ...]:
         """What is to be followed."""
         cidrs: Wanted[Any] = Wanted(kind=SERVICE_CIDRS, optional=True)
         return proxied_services(), proxied_endpoint_slices(), one_node(self.services.settings.node), cidrs
-
-    async def follow(self, source: Source, wanted: Wanted[Any]) -> None:
-        """Takes what `source` says of one kind, until cancelled."""
-        async with aclosing(source.follow(wanted)) as batches:
-            async for batch in batches:
-                self.take(batch)
-
-    def take(self, batch: Batch[Any]) -> None:
-        """Takes a batch in, and asks for a run."""
-        setter, dropper = self._doors(batch.kind)
-        for key in batch.deletes:
-            dropper(key)
-        for obj in batch.upserts:
-            setter(obj)
-        if batch.synced:
-            self._awaited.discard(batch.kind.resource)
-        if self.synced:
-            self.runner.request()
-
-    def _doors(self, kind: Kind[Any]) -> tuple[Callable[[Any], None], Callable[[Key], None]]:
-        services = self.services
-        doors: dict[str, tuple[Callable[[Any], None], Callable[[Key], None]]] = {
-            SERVICES.resource: (services.set_service, services.drop_service),
-            ENDPOINT_SLICES.resource: (services.set_slice, services.drop_slice),
-            NODES.resource: (services.set_node, lambda _key: services.set_node(None)),
-            SERVICE_CIDRS.resource: (services.set_service_cidr, lambda key: services.drop_service_cidr(key[1])),
-        }
-        return doors[kind.resource]
 
     # --- the kernel
 

@@ -45,6 +45,8 @@ class Runner:
         """When the oldest request that no run has served yet was made, on the loop's clock; None without one."""
         self.serving = 0.0
         """When the oldest request that the present run serves was made, or the last one did, on the loop's clock."""
+        self.begun = False
+        """Whether there has been a request."""
         self._work = work
         self._max_interval = max_interval
         self._min_interval = min_interval
@@ -54,6 +56,7 @@ class Runner:
 
     def request(self, resync: bool = False) -> None:
         """Asks for a run; with `resync` for one that looks at everything again."""
+        self.begun = True
         self._resync = self._resync or resync
         if self.requested_at is None:
             self.requested_at = asyncio.get_running_loop().time()
