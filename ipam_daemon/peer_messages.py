@@ -223,15 +223,16 @@ class BulkChannel:
                         found[address] = mac
         return found
 
-    def fdb(self, index: int) -> dict[bytes, list[bytes]]:
-        """MAC → packed addresses on the underlay: the FDB of the VXLAN device `index`. One address, if it is ours."""
-        found: dict[bytes, list[bytes]] = {}
+    def fdb(self, index: int) -> dict[bytes, bytes]:
+        """MAC → packed address on the underlay: the FDB of the VXLAN device `index`. The MAC of no host may have
+        several, of which this is the last; it is nobody's of ours."""
+        found: dict[bytes, bytes] = {}
         for data, at, end in self._dump(_GETNEIGH, _NEIGHBOUR.pack(socket.AF_BRIDGE, 0, index, 0, 0, 0)):
             if _NEIGHBOUR.unpack_from(data, at)[2] == index:
                 attributes = _attributes(data, at + _NEIGHBOUR.size, end)
                 mac, underlay = attributes.get(_NDA_LLADDR), attributes.get(_NDA_DST)
                 if mac and underlay:
-                    found.setdefault(mac, []).append(underlay)
+                    found[mac] = underlay
         return found
 
     def routes(self) -> dict[bytes, bytes]:

@@ -53,7 +53,6 @@ class Peers:
         self._neighbours = _Tracker()
         self._fdb = _Tracker()
         self._routes = _Tracker()
-        self._doubled: frozenset[bytes] = frozenset()  # MACs with several destinations
 
     # --- reading
 
@@ -61,10 +60,8 @@ class Peers:
         """Reads back what the kernel has; the next `apply` repairs what differs. Raises PlumbingFailed, OSError."""
         self._index = self._find_device()
         bulk = self._thread.bulk
-        fdb = bulk.fdb(self._index)
-        self._doubled = frozenset(mac for mac, places in fdb.items() if len(places) > 1)
         self._neighbours.replace_actual(bulk.neighbours(self._index))
-        self._fdb.replace_actual({mac: b"".join(places) for mac, places in fdb.items()})
+        self._fdb.replace_actual(bulk.fdb(self._index))
         self._routes.replace_actual(self._own_routes())
 
     def read(self) -> PeersPlan:
@@ -72,7 +69,7 @@ class Peers:
         index, bulk = self._find_device(), self._thread.bulk
         return PeersPlan(
             neighbours={ipaddress.ip_address(key): mac.hex(":") for key, mac in bulk.neighbours(index).items()},
-            fdb={mac.hex(":"): ipaddress.ip_address(places[-1]) for mac, places in bulk.fdb(index).items()},
+            fdb={mac.hex(":"): ipaddress.ip_address(place) for mac, place in bulk.fdb(index).items()},
             routes={messages.unpack_network(key): _route_of(key, way) for key, way in self._own_routes(index).items()},
         )
 
@@ -123,7 +120,6 @@ class Peers:
                 ),
             )
         )
-        self._doubled &= {mac for mac, _ in self._fdb.pending_updates()}
         if failures:
             more = f" (and {len(failures) - _TOLD} more)" if len(failures) > _TOLD else ""
             raise PlumbingFailed("; ".join(failures[:_TOLD]) + more)
@@ -152,9 +148,7 @@ class Peers:
         return _Change(messages.set_neighbour(self._index, address, mac))
 
     def _set_fdb(self, mac: bytes, underlay: bytes) -> _Change:
-        """To replace one of several destinations would leave the others."""
-        before = (messages.delete_fdb(self._index, mac),) if mac in self._doubled else ()
-        return _Change(messages.set_fdb(self._index, mac, underlay), before=before)
+        return _Change(messages.set_fdb(self._index, mac, underlay))
 
     def _set_route(self, key: bytes, way: bytes) -> _Change:
         gateway, index, onlink = messages.unpack_way(way)

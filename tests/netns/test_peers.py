@@ -132,6 +132,7 @@ DAMAGE = {
     "an FDB entry changed": "bridge fdb replace 0a:58:0a:f4:02:02 dev pw-vxlan dst 192.0.2.99",
     "an FDB entry too many": "bridge fdb append 02:00:00:00:00:01 dev pw-vxlan dst 192.0.2.99",
     "a second place for a peer": "bridge fdb append 0a:58:0a:f4:02:02 dev pw-vxlan dst 192.0.2.99",
+    "a place for whatever nobody knows": "bridge fdb append 00:00:00:00:00:00 dev pw-vxlan dst 192.0.2.98",
     "the device down, its routes gone": "ip link set pw-vxlan down",
     "the device deleted": "ip link del pw-vxlan",
 }
@@ -148,6 +149,17 @@ def test_what_somebody_damaged_is_repaired(damage: str) -> None:
             await apply(node, peers, plan, resync=True)
             assert state(node) == of(2, 3)
             assert await apply(node, peers, plan, resync=True) == 0
+
+    play(story)
+
+
+def test_several_places_for_whatever_nobody_knows_are_gone_at_once() -> None:
+    async def story() -> None:
+        async with node_1() as (node, peers):
+            for last in (98, 99):
+                node.run(*f"bridge fdb append 00:00:00:00:00:00 dev pw-vxlan dst 192.0.2.{last}".split())
+            assert await apply(node, peers, plan_peers([record(2)]), resync=True) == 4
+            assert state(node) == of(2)
 
     play(story)
 
