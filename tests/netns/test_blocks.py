@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import ipaddress
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import yaml
 
+from ipam_daemon.blocks import BlockKeeper
+from ipam_daemon.held import HeldFile, HeldKeeper
+from ipam_daemon.model import Block, ClusterConfig, Pool
+from ipam_daemon.registry_fake import FakeRegistry, FakeStore
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
 from tests.netns.containers import add_again, at_once, containers, on_node, status
+from tests.netns.node_fixtures import COOLDOWN, engine, play
 
 PATIENCE = 30.0
 Record = Callable[[str, object], None]
@@ -134,3 +140,44 @@ def test_a_restarted_daemon_knows_all_its_blocks_and_pods(lab: LabState, record_
         assert blocks(lab, "node1") >= before
         at_once([partial(each.call, "DEL") for each in (late, *boxes)])
     process.wait_for(lambda: len(blocks(lab, "node1")) == 1, PATIENCE, "the empty blocks to be returned")
+
+
+def test_a_block_leaves_what_outlives_a_reboot_before_it_leaves_etcd(tmp_path: Path) -> None:
+    """While that cannot be written the block stays this node's: after a power cut it would use it again."""
+
+    async def story() -> None:
+        async with engine(tmp_path, "10.244.1.0/29") as it:
+            store, writable = FakeStore(), False
+            registry, pool = FakeRegistry(store), Pool(cidr=ipaddress.ip_network("10.244.1.0/24"), block_size=29)
+            file = HeldFile(tmp_path / "held.json")
+            held = HeldKeeper(file, it.journal, it.attachments, COOLDOWN)
+
+            async def keep() -> bool:
+                return writable and await held.keep()
+
+            async def use(blocks: Sequence[Block]) -> None:
+                it.journal.set_blocks(blocks)
+                it.attachments.use_blocks(blocks)
+
+            keeper = BlockKeeper(
+                registry=registry,
+                attachments=it.attachments,
+                claim=lambda pool: registry.claim_block(pool, "node-1", "id-1", 1),
+                use=use,
+                limit=4,
+                idle_s=0,
+                keep=keep,
+            )
+            first, second = [await registry.claim_block(pool, "node-1", "id-1", 1) for _ in range(2)]
+            await use([first, second])
+            await held.write()
+            keeper.begin(ClusterConfig(pools=(pool,)), [first, second])
+            await keeper._round()
+            assert it.journal.blocks() == (first,), "it is retired"
+            assert set(store.blocks) == {first.cidr, second.cidr}
+            writable = True
+            await keeper._round()
+            assert file.read().blocks == (first,)
+            assert set(store.blocks) == {first.cidr}
+
+    play(story)
