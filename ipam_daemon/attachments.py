@@ -53,6 +53,7 @@ from ipam_daemon.model import (
 )
 from ipam_daemon.netlink import NetlinkThread, index_of
 from ipam_daemon.plan import gateways, is_same_wire, plan_attachment
+from ipam_daemon.podwatch import PodWatch
 from ipam_daemon.turns import Turns
 from ipam_daemon.wires import Wires, WireState
 
@@ -77,8 +78,10 @@ class Attachments:
         cooldown: float,
         clock: Callable[[], float] = boottime,
         nft: Sequence[str] = ("nft",),
+        podwatch: PodWatch | None = None,
     ) -> None:
-        """`clock` gives the seconds since boot, which nobody sets; `cooldown` is in seconds. `nft` is HostPorts'."""
+        """`clock` gives the seconds since boot, which nobody sets; `cooldown` is in seconds. `nft` is HostPorts'.
+        Without `podwatch` no pod waits for its policies."""
         self._journal = journal
         self._wires = wires
         self._thread = thread
@@ -88,6 +91,7 @@ class Attachments:
         self._allocator = Allocator()
         self._gateways: Mapping[Network, Address] = {}
         self._host_ports = HostPorts(thread, journal, self._with_host_ports, nft)
+        self._podwatch = podwatch or PodWatch(enabled=False)
         self._turns = Turns()
         self._to_reap = asyncio.Event()
         self._reaping = asyncio.Lock()
@@ -175,6 +179,7 @@ class Attachments:
                 )
             await self._host_ports.refuse_listened(call.wanted.port_mappings)
             attachment = await self._intend_patiently(call)
+            self._podwatch.announce(attachment)
             point("add.intended")
             try:
                 with self._metrics.phase("ADD", "wire"):
@@ -182,6 +187,7 @@ class Attachments:
             except Exception:
                 await self._undo(attachment)
                 raise
+            await self._await_policies(attachment)
             if self._is_deleted(call):
                 await self._release(attachment)
                 self._refuse_if_deleted(call)
@@ -195,6 +201,7 @@ class Attachments:
     async def delete(self, call: Call) -> None:
         """Removes the attachment; success when there is none. When it returns, nothing passes the wire any more."""
         self._turns.bury(call.key, call.issued_ns)
+        self._podwatch.interrupt(call.key)
         point("del.marked")
         async with self._locked(call):
             attachment = self._journal.get(call.key)
@@ -435,6 +442,15 @@ class Attachments:
             log.warning("ports of the node are not as they should be yet: %s", error)
         return undone
 
+    async def _await_policies(self, attachment: Attachment) -> None:
+        """Returns when the pod's policies are in the kernel, or its DEL has come."""
+        try:
+            with self._metrics.phase("ADD", "policies"):
+                await self._podwatch.settled(attachment)
+        except Exception:
+            await self._release(attachment)
+            raise
+
     # --- ports of the node
 
     async def mend_host_ports(self, undecided: Iterable[Attachment] = ()) -> int:
@@ -509,6 +525,7 @@ class Attachments:
             await self._release(attachment)
             return
         point("undo.begun")
+        self._podwatch.withdraw(attachment.key)
         self._journal.forget(attachment.key)
         point("undo.forgotten")
         self._allocator.give_back(attachment.addresses)
@@ -517,6 +534,7 @@ class Attachments:
         with self._metrics.phase("DEL", "kill"):
             await self._thread.run(self._wires.kill, attachment.host_ifname)
         point("del.killed")
+        self._podwatch.withdraw(attachment.key)
         if attachment.port_mappings:
             with self._metrics.phase("DEL", "hostports"):
                 await self._host_ports.close(attachment)

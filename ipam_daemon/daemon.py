@@ -25,7 +25,9 @@ from ipam_daemon.identity import boot_id, node_id
 from ipam_daemon.inspection import Inspection
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
+from ipam_daemon.model import Network
 from ipam_daemon.netlink import NetlinkThread
+from ipam_daemon.podwatch import PodWatch
 from ipam_daemon.reconcile import Reconciler
 from ipam_daemon.registry import EtcdRegistry
 from ipam_daemon.server import AgentService, CniService, make_server
@@ -52,8 +54,14 @@ class Daemon:
         self._thread = thread = NetlinkThread()
         self._guard = guard = SpoofGuard(thread)
         self._wires = wires = Wires(thread, guard=guard)
+        self._podwatch = podwatch = PodWatch(settings.network_policy, settings.network_policy_timeout, self._blocks)
         self._attachments = attachments = Attachments(
-            journal=journal, wires=wires, thread=thread, metrics=metrics, cooldown=settings.cooldown
+            journal=journal,
+            wires=wires,
+            thread=thread,
+            metrics=metrics,
+            cooldown=settings.cooldown,
+            podwatch=podwatch,
         )
         self._session = EtcdSession(settings.etcd, observer=metrics)
         self._registry = EtcdRegistry(self._session)
@@ -71,13 +79,14 @@ class Daemon:
         self._agent.keep_blocks = self._held.keep
         self._queue = DelQueue(settings.queue_dir, attachments, metrics, boot)
         self._reconciler = Reconciler(journal, attachments, metrics)
-        self._calls = CniService(attachments, metrics, self._agent.not_ready)
+        self._calls = CniService(attachments, metrics, self._not_ready)
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Serves until `stopped` is set. Raises what a part raised that cannot go on."""
         self._held.recall()
         await self._agent.restore()
         await self._queue.replay()
+        self._podwatch.adopt(self._journal.attachments())
         status = Status(
             self._settings,
             self._agent,
@@ -89,14 +98,14 @@ class Daemon:
             lambda: self._thread.run(self._guard.dropped),
         )
         tools = AgentService(status.message, self._journal, self._inspection().run)
-        server = make_server(self._settings.socket_path, self._calls, tools)
+        server = make_server(self._settings.socket_path, self._calls, tools, self._podwatch)
         async with contextlib.AsyncExitStack() as stack:
             await server.start()
             stack.push_async_callback(self._leave)
             stack.push_async_callback(self._calls.drain)
             stack.push_async_callback(server.stop, _GRACE)
             if self._settings.http_listen:
-                app = health.make_app(self._agent.not_ready, status.refresh_metrics, self._metrics)
+                app = health.make_app(self._not_ready, status.refresh_metrics, self._metrics)
                 runner = await health.serve(app, self._settings.http_listen)
                 stack.push_async_callback(runner.cleanup)
             await self._work(stopped)
@@ -130,6 +139,13 @@ class Daemon:
             await stopped.wait()
             for task in work:
                 task.cancel()
+
+    def _not_ready(self) -> list[str]:
+        """Why an ADD cannot succeed now; empty when it can."""
+        return self._agent.not_ready() or list(filter(None, [self._podwatch.hindrance]))
+
+    def _blocks(self) -> list[Network]:
+        return [block.cidr for block in self._attachments.allocator.blocks]
 
     async def _leave(self) -> None:
         with contextlib.suppress(OSError):

@@ -21,7 +21,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
-from ipam_daemon.errors import TryAgainLater
+from ipam_daemon.errors import DeletedMeanwhile, TryAgainLater
 from ipam_daemon.model import Attachment, AttachmentKey, Network
 from podwire.v1 import policy_pb2, policy_pb2_grpc
 
@@ -37,7 +37,7 @@ class _Watcher:
 class PodWatch(policy_pb2_grpc.PolicyServicer):
     """Tells proxies of pods, and ADDs when they are settled."""
 
-    def __init__(self, enabled: bool, timeout: float, blocks: Callable[[], Iterable[Network]]) -> None:
+    def __init__(self, enabled: bool, timeout: float = 10.0, blocks: Callable[[], Iterable[Network]] = tuple) -> None:
         """`timeout` is how many seconds an ADD waits; `blocks` are the node's."""
         self.enabled = enabled
         self._timeout = timeout
@@ -81,13 +81,28 @@ class PodWatch(policy_pb2_grpc.PolicyServicer):
             return
         try:
             async with asyncio.timeout(self._timeout):
-                await self._synced.wait()
-                await waiting
+                await self._until_settled(waiting)
         except TimeoutError as error:
             reason = self.hindrance or "podwire-proxy has not said that the pod's policies are in the kernel"
             raise TryAgainLater(f"{attachment.key}: {reason}, after {self._timeout:g} s") from error
         finally:
             self._waiting.pop(pod.number, None)
+
+    async def _until_settled(self, waiting: asyncio.Future[None]) -> None:
+        synced = asyncio.ensure_future(self._synced.wait())
+        try:
+            first: set[asyncio.Future[Any]] = {synced, waiting}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            await waiting
+        finally:
+            synced.cancel()
+
+    def interrupt(self, key: AttachmentKey) -> None:
+        """An ADD that waits for its pod goes on at once: its DEL has come, and it finds that out."""
+        pod = self._pods.get(key)
+        waiting = self._waiting.get(pod.number) if pod else None
+        if waiting is not None and not waiting.done():
+            waiting.set_exception(DeletedMeanwhile(f"{key} was deleted while its policies were awaited"))
 
     def withdraw(self, key: AttachmentKey) -> None:
         """The attachment is gone, or will not be; one that was never announced is fine."""

@@ -25,9 +25,10 @@ from ipam_daemon.inspection import Outcome
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Attachment, AttachmentState
+from ipam_daemon.podwatch import PodWatch
 from ipam_daemon.requests import API_MAX, negotiate, parse_request
 from podwire.errors import PodwireError
-from podwire.v1 import agent_pb2, agent_pb2_grpc, cni_pb2, cni_pb2_grpc
+from podwire.v1 import agent_pb2, agent_pb2_grpc, cni_pb2, cni_pb2_grpc, policy_pb2_grpc
 
 _LARGEST_MESSAGE = 32 << 20  # bytes; the executable refuses configurations long before that
 
@@ -155,13 +156,17 @@ def _difference(each: Difference) -> agent_pb2.Difference:
     )
 
 
-def make_server(socket: Path, cni_service: CniService, agent_service: AgentService) -> Any:
+def make_server(
+    socket: Path, cni_service: CniService, agent_service: AgentService, podwatch: PodWatch | None = None
+) -> Any:
     """A grpc.aio server on the unix socket at `socket`, readable by root alone; the caller starts it."""
     server = grpc.aio.server(
         options=(("grpc.max_receive_message_length", _LARGEST_MESSAGE), ("grpc.max_send_message_length", -1))
     )
     cni_pb2_grpc.add_CNIServicer_to_server(cni_service, server)  # type: ignore[no-untyped-call]
     agent_pb2_grpc.add_AgentServicer_to_server(agent_service, server)  # type: ignore[no-untyped-call]
+    if podwatch is not None:
+        policy_pb2_grpc.add_PolicyServicer_to_server(podwatch, server)  # type: ignore[no-untyped-call]
     before = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{socket}")

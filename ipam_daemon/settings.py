@@ -30,6 +30,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     mtu: int = 0
     run_dir: str = "/run/podwire"
     state_dir: str = "/var/lib/podwire"
+    network_policy: bool = False
+    network_policy_timeout: float = 10.0
     http_listen: str = "127.0.0.1:9817"
     log_level: str = "info"
     max_blocks: int = 16
@@ -86,6 +88,8 @@ def _first_wrong(settings: Settings) -> str:
         return f"blockIdle is {settings.block_idle}, expected seconds, 0 or more"
     if not settings.cooldown >= 0:  # NaN is neither
         return f"cooldown is {settings.cooldown}, expected seconds, 0 or more"
+    if not settings.network_policy_timeout > 0:
+        return f"networkPolicyTimeout is {settings.network_policy_timeout}, expected seconds, more than 0"
     if not settings.reconcile_interval > 0:
         return f"reconcileInterval is {settings.reconcile_interval}, expected seconds, more than 0"
     _, colon, port = settings.http_listen.rpartition(":")
