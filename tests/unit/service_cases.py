@@ -58,8 +58,9 @@ VARIANTS = {
     "everything, and pods are not told": msgspec.structs.replace(SETTINGS, masquerade_all=True, cluster_cidrs=()),
 }
 
-NODE = {version: frozenset({address("10.0.0.1", version), address("10.0.1.1", version)}) for version in VERSIONS} | {
-    0: frozenset()
+NODE = {
+    version: frozenset(address(each, version) for each in ("10.0.0.1", "10.0.1.1", "10.244.1.1"))
+    for version in VERSIONS
 }
 CLIENTS = {Source.POD: "10.244.1.9", Source.NODE: "10.0.0.1", Source.EXTERNAL: "192.0.2.7"}
 INTERFACES = {Source.POD: "pw0", Source.NODE: "", Source.EXTERNAL: "eth0"}

@@ -107,6 +107,12 @@ TRACES: dict[str, tuple[Settings, PortPlan, dict[str, str | int], set[Outcome]]]
         {"source": LOCAL, "destination": "10.96.0.2", "port": 80, "interface": "pw0"},
         {Outcome("drop")},
     ),
+    "a node that speaks from an address of its pods needs no other": (
+        SETTINGS,
+        plan(cluster=(LOCAL,), external_local=True),
+        {"source": "10.244.1.1", "destination": "203.0.113.1", "port": 80, "interface": ""},
+        {Outcome("accept", f"{LOCAL} . 8080")},
+    ),
     "other traffic passes": (
         SETTINGS,
         plan(),
