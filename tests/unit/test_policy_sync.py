@@ -1,0 +1,302 @@
+"""When a pod may start, and what is rendered when: PolicySync with a kernel that only notes what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from kube_proxy_lite.attached import Attached
+from kube_proxy_lite.policy.policies import Policies
+from kube_proxy_lite.policy_sync import PolicySync
+from kube_proxy_lite.render.interface import ApplyFailed
+from kube_proxy_lite.render.nftables_listing import TableListing
+from kube_proxy_lite.render.policy_nftables import PolicyRenderer
+from kube_proxy_lite.stale import Connection
+from podwire.kube.kinds import KINDS, NAMESPACES, NETWORK_POLICIES, PODS
+from podwire.kube.source import Batch
+from tests.policy_cases import BASE, Manifest, at, namespace, pod, policy
+
+PATIENCE = 10.0
+XA = ipaddress.ip_address(at("x/a"))
+
+
+class Kernel:
+    """Takes scripts; fails as often as told, and waits while it is held."""
+
+    def __init__(self) -> None:
+        self.scripts: list[str] = []
+        self.failures = 0
+        self.free = asyncio.Event()
+        self.free.set()
+
+    async def apply(self, scripts: Sequence[str]) -> None:
+        await self.free.wait()
+        if self.failures:
+            self.failures -= 1
+            raise ApplyFailed("not now")
+        self.scripts += scripts
+
+    async def read(self) -> TableListing | None:
+        return None
+
+    def is_own(self, pid: int) -> bool:  # noqa: ARG002
+        return True
+
+    @property
+    def text(self) -> str:
+        return "".join(self.scripts)
+
+
+class Connections:
+    """A table of connections."""
+
+    def __init__(self) -> None:
+        self.table: list[Connection] = []
+
+    async def select(self, wanted: Callable[[Iterable[Connection]], list[Connection]]) -> list[Connection]:
+        return wanted(self.table)
+
+    async def delete(self, connections: Sequence[Connection]) -> int:
+        self.table = [each for each in self.table if each not in connections]
+        return len(connections)
+
+
+class Silent:
+    def synced(self, seconds: float, resync: bool, changes: int, waited: float) -> None: ...
+
+    def failed(self, reason: str) -> None: ...
+
+    def cut(self, connections: int) -> None: ...
+
+
+class Stage:
+    """A node `node1`, on which the pods of x and z are."""
+
+    def __init__(self, patience: float = 60.0, cut: bool = True) -> None:
+        self.kernel, self.connections = Kernel(), Connections()
+        self.settled: list[int] = []
+        self.sync = PolicySync(
+            Policies("node1"),
+            "node1",
+            PolicyRenderer(),
+            self.kernel,  # type: ignore[arg-type]
+            self.connections,
+            Silent(),
+            patience=patience,
+            cut=cut,
+        )
+        self.sync.settle = self.settled.extend
+
+    def say(self, *manifests: Manifest, synced: bool = True) -> None:
+        """The API says these objects, and of every kind whether that is all."""
+        for kind in (NAMESPACES, NETWORK_POLICIES, PODS):
+            objects = tuple(msgspec.convert(each, kind.model) for each in manifests if each["kind"] == kind.name)
+            self.sync.intake.take(Batch(kind=kind, upserts=objects, synced=synced))
+
+    def attach(self, number: int, where: str, uid: str = "", everything: bool = False) -> None:
+        """The daemon attaches the pod "x/a"."""
+        home, name = where.split("/")
+        address = ipaddress.ip_address("10.244.0.99")
+        attached = Attached(number=number, namespace=home, name=name, uid=uid, addresses=(address,))
+        self.sync.attached([attached], everything)
+
+
+def play(story: Callable[[Stage], Coroutine[Any, Any, None]], **settings: Any) -> None:
+    """Runs a story beside the sync's own tasks."""
+
+    async def run() -> None:
+        stage = Stage(**settings)
+        work = (stage.sync.runner.run_forever(), stage.sync.repairer.run_forever(), stage.sync.settle_forever())
+        tasks = [asyncio.create_task(each) for each in work]
+        try:
+            await story(stage)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 - the condition is about another task
+            await asyncio.sleep(0.005)
+
+
+async def a_moment() -> None:
+    """Time in which something happens that should not, if it does."""
+    await asyncio.sleep(0.15)
+
+
+def test_nothing_is_rendered_before_everything_was_said() -> None:
+    async def story(stage: Stage) -> None:
+        stage.say(*BASE, policy("x/deny"), synced=False)
+        stage.attach(1, "x/a")
+        await a_moment()
+        assert (stage.kernel.scripts, stage.settled, stage.sync.synced) == ([], [], False)
+        stage.say()
+        await until(lambda: stage.sync.synced)
+        assert str(XA) not in stage.kernel.text.split("add element")[0]
+        assert stage.settled == [1]
+
+    play(story)
+
+
+def test_a_pod_that_the_api_shows_is_settled_by_the_run_that_has_it() -> None:
+    async def story(stage: Stage) -> None:
+        stage.say(*BASE, policy("x/deny"))
+        await until(lambda: stage.sync.synced)
+        stage.kernel.free.clear()
+        stage.attach(1, "x/a")
+        await a_moment()
+        assert stage.settled == []
+        stage.kernel.free.set()
+        await until(lambda: stage.settled == [1])
+        assert "10.244.0.99 : goto in_" in stage.kernel.text
+
+    play(story)
+
+
+def test_a_pod_that_comes_during_a_run_waits_for_the_next() -> None:
+    async def story(stage: Stage) -> None:
+        stage.say(*BASE, policy("x/deny"))
+        await until(lambda: stage.sync.synced)
+        stage.kernel.free.clear()
+        stage.say(policy("z/deny"))
+        await a_moment()
+        stage.attach(1, "x/a")
+        before = len(stage.kernel.scripts)
+        stage.kernel.free.set()
+        await until(lambda: stage.settled == [1])
+        assert "10.244.0.99" in "".join(stage.kernel.scripts[before:])
+
+    play(story)
+
+
+def test_a_kernel_that_refuses_settles_nobody() -> None:
+    async def story(stage: Stage) -> None:
+        stage.say(*BASE, policy("x/deny"))
+        await until(lambda: stage.sync.synced)
+        stage.kernel.failures = 3
+        stage.attach(1, "x/a")
+        await asyncio.sleep(0.05)
+        assert stage.settled == []
+        await until(lambda: stage.settled == [1])
+        assert stage.kernel.failures == 0
+
+    play(story)
+
+
+def test_a_pod_that_the_api_does_not_show_starts_closed_when_patience_ends() -> None:
+    async def story(stage: Stage) -> None:
+        stage.sync.blocks(frozenset({ipaddress.ip_network("10.244.0.0/24")}))
+        stage.say(*BASE, policy("x/deny"))
+        await until(lambda: stage.sync.synced)
+        stage.attach(1, "x/unheard-of")
+        await asyncio.sleep(0.05)
+        assert stage.settled == []
+        await until(lambda: stage.settled == [1])
+        assert "local4 { 10.244.0.0/24 }" in stage.kernel.text
+        assert "10.244.0.99" not in stage.kernel.text
+
+    play(story, patience=0.5)
+
+
+def test_a_former_pod_of_the_same_name_is_not_the_one_that_starts() -> None:
+    async def story(stage: Stage) -> None:
+        stage.say(*BASE)
+        await until(lambda: stage.sync.synced)
+        stage.attach(1, "x/a", uid="another")
+        await a_moment()
+        assert stage.settled == []
+        made_again = pod("x/a")
+        made_again["metadata"]["uid"] = "another"
+        stage.say(made_again)
+        await until(lambda: stage.settled == [1])
+
+    play(story)
+
+
+def test_a_static_pod_is_known_by_its_hash() -> None:
+    async def story(stage: Stage) -> None:
+        static = pod("x/a")
+        static["metadata"]["annotations"] = {"kubernetes.io/config.hash": "from-a-file"}
+        stage.say(*BASE, static)
+        await until(lambda: stage.sync.synced)
+        stage.attach(1, "x/a", uid="from-a-file")
+        await until(lambda: stage.settled == [1])
+
+    play(story)
+
+
+def test_addresses_close_when_there_is_a_policy_and_not_before() -> None:
+    async def story(stage: Stage) -> None:
+        stage.sync.blocks(frozenset({ipaddress.ip_network("10.244.0.0/24")}))
+        stage.say(*BASE)
+        await until(lambda: stage.sync.synced)
+        assert "10.244.0.0/24" not in stage.kernel.text
+        stage.say(policy("z/deny"))
+        await until(lambda: "add element inet podwire_policy local4 { 10.244.0.0/24 }" in stage.kernel.text)
+
+    play(story)
+
+
+def test_what_the_daemon_no_longer_has_is_forgotten() -> None:
+    async def story(stage: Stage) -> None:
+        stage.say(*BASE, policy("x/deny"))
+        await until(lambda: stage.sync.synced)
+        stage.attach(1, "x/a")
+        await until(lambda: "add element inet podwire_policy known4 { 10.244.0.99 }" in stage.kernel.text)
+        stage.attach(2, "x/b", everything=True)
+        await until(lambda: stage.settled == [1, 2])
+        known = stage.sync.policies.pod(("x", "a"))
+        assert known is not None
+        assert stage.sync.policies.addresses(known)[0] == XA
+
+    play(story)
+
+
+def connection(source: str, destination: str, port: int = 80) -> Connection:
+    """A TCP connection between two pods."""
+    ends = [int(ipaddress.ip_address(at(each))) for each in (source, destination)]
+    return Connection(4, "TCP", ends[0], ends[1], port, ends[1], port, f"{source} {destination} {port}".encode())
+
+
+def test_connections_that_a_change_forbids_are_cut_and_no_others() -> None:
+    async def story(stage: Stage) -> None:
+        allowed, forbidden = connection("y/a", "x/a", 81), connection("y/a", "x/a", 80)
+        elsewhere, begun_from_here = connection("y/a", "z/a"), connection("x/a", "y/a")
+        stage.connections.table = [allowed, forbidden, elsewhere, begun_from_here]
+        stage.say(*BASE)
+        await until(lambda: stage.sync.synced)
+        await a_moment()
+        assert len(stage.connections.table) == 4
+        stage.say(policy("x/only-81", ingress=[{"ports": [{"port": 81}]}]))
+        await until(lambda: stage.connections.table == [allowed, elsewhere, begun_from_here])
+
+    play(story)
+
+
+def test_connections_go_on_where_cutting_is_off() -> None:
+    async def story(stage: Stage) -> None:
+        stage.connections.table = [connection("y/a", "x/a")]
+        stage.say(*BASE, policy("x/deny"))
+        await until(lambda: stage.sync.synced)
+        await a_moment()
+        assert len(stage.connections.table) == 1
+
+    play(story, cut=False)
+
+
+def test_every_kind_that_is_followed_has_its_door() -> None:
+    async def story(stage: Stage) -> None:
+        assert {each.kind.resource for each in stage.sync.wanted()} < {kind.resource for kind in KINDS}
+        stage.say(namespace("late"))
+        await until(lambda: stage.sync.synced)
+
+    play(story)
