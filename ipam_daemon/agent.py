@@ -19,28 +19,23 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from functools import partial
 
 import msgspec
 
 import podwire
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.blocks import BlockKeeper
-from ipam_daemon.devices import Devices
+from ipam_daemon.dataplane import DataPlane
 from ipam_daemon.errors import CniError, TryAgainLater
 from ipam_daemon.faults import point
-from ipam_daemon.firewall import Firewall
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Address, Backend, BackendType, Block, ClusterConfig, NodeRecord, Pool, decode, encode
 from ipam_daemon.netlink import NetlinkThread
-from ipam_daemon.peer_table import PeerTable
-from ipam_daemon.peers import Peers
-from ipam_daemon.plan import VXLAN, NodePlan, is_complete, plan_node, plan_peers, plan_record, with_peers
+from ipam_daemon.plan import NodePlan, is_complete, plan_record
 from ipam_daemon.registry import PoolExhausted, Registry
 from ipam_daemon.settings import Settings
 from ipam_daemon.supply import short_of
-from ipam_daemon.underlay import Underlay, UnderlayWatch, default_addresses, find_underlay
 from ipam_daemon.wires import Wires
 from podwire.errors import TryAgain
 from podwire.etcd import EtcdUnavailable
@@ -80,17 +75,8 @@ class Agent:
         self._thread = thread
         self._wires = wires
         self._metrics = metrics
-        self._devices = Devices(thread)
-        self._firewall = Firewall()
-        self._peers = Peers(thread, pools=(pool.cidr for pool in settings.pools))
-        self._table: PeerTable | None = None
-        self._table_of: object = None  # the circumstances that the table was made in
-        self._applied: PeerTable | None = None  # the one that the kernel was last brought to
         self._config = ClusterConfig(pools=settings.pools, backend=settings.backend)
-        self._underlay: Underlay | None = None
-        self._watch = UnderlayWatch(thread, self._underlay_changed)
         self._foreign_pools = ""
-        self._addresses: tuple[Address, ...] = settings.node_addresses
         self._generation = 1
         self._records: Mapping[str, NodeRecord] | None = None
         self._blocks: tuple[Block, ...] = ()
@@ -99,6 +85,14 @@ class Agent:
         self._changed = asyncio.Event()
         self._entered = asyncio.Event()
         self._joining = asyncio.Lock()
+        self._plane = DataPlane(
+            settings=settings,
+            attachments=attachments,
+            thread=thread,
+            wires=wires,
+            metrics=metrics,
+            changed=self._changed.set,
+        )
         self.keeper = BlockKeeper(
             registry=registry,
             attachments=attachments,
@@ -113,8 +107,6 @@ class Agent:
         """Writes down for after a reboot which blocks are the node's; whether it could."""
         attachments.more = self.keeper.more
         attachments.allocator.families = settings.families
-        self.plan: NodePlan | None = None
-        """What the kernel was last brought to, None before the first time."""
 
     # --- what others ask
 
@@ -150,6 +142,11 @@ class Agent:
         return notes
 
     @property
+    def plan(self) -> NodePlan | None:
+        """What the kernel was last brought to, None before the first time."""
+        return self._plane.plan
+
+    @property
     def backend(self) -> BackendType:
         """How pods of other nodes are reached, as the kernel has it."""
         return self._config.backend.type if self.plan is None else self.plan.backend
@@ -157,7 +154,7 @@ class Agent:
     @property
     def addresses(self) -> tuple[Address, ...]:
         """The node's own addresses on the underlay."""
-        return self._addresses
+        return self._plane.addresses
 
     @property
     def record(self) -> NodeRecord:
@@ -325,7 +322,7 @@ class Agent:
 
     async def _join(self) -> None:
         settings = self._settings
-        await self._find_addresses()
+        await self._plane.find_addresses()
         self._use_config(await self._registry.agree(self._config))
         if not self._entered.is_set():
             self._generation = (await self._registry.enter(settings.node, self._node_id)).generation
@@ -393,23 +390,12 @@ class Agent:
     async def _first_one_first(self, blocks: list[Block]) -> list[Block]:
         """The block that the node's VTEP is in stays the first: with another, the peers would have to learn another
         VTEP, and packets are lost until they have. The kernel knows it best, a journal may be gone."""
-        vteps = await self._thread.run(self._devices.vtep_addresses, VXLAN)
+        vteps = await self._plane.vtep_addresses()
         return sorted(blocks, key=lambda block: not any(vtep in block.cidr for vtep in vteps))
-
-    async def _find_addresses(self) -> bool:
-        """Looks for the node's own addresses until there is one of each family that pods have. Whether more came."""
-        known = {address.version for address in self._addresses}
-        if not self._addresses or (not self._settings.node_addresses and not self._settings.families <= known):
-            found = await self._thread.run(default_addresses, self._thread)
-            more = tuple(address for address in found if address.version not in known)
-            self._addresses = tuple(sorted((*self._addresses, *more), key=lambda address: address.version))
-        if not self._addresses:
-            raise TryAgainLater("nodeAddresses is empty and this node has no default route to find its address by")
-        return {address.version for address in self._addresses} != known
 
     def _record(self, blocks: tuple[Block, ...]) -> NodeRecord:
         return plan_record(
-            self._settings.node, self._node_id, self._generation, self._addresses, blocks, podwire.__version__
+            self._settings.node, self._node_id, self._generation, self._plane.addresses, blocks, podwire.__version__
         )
 
     async def _publish(self, blocks: Sequence[Block]) -> None:
@@ -447,98 +433,24 @@ class Agent:
 
     async def _bring_to_plan(self, resync: bool) -> None:
         self._changed.clear()
-        blocks = self._blocks
+        blocks, plane = self._blocks, self._plane
         if not blocks:
             return
-        if (self._underlay is None or resync) and await self._find_addresses() and self._entered.is_set():
+        if (plane.is_stale or resync) and await plane.find_addresses() and self._entered.is_set():
             with suppress(TryAgain):  # with the next record that etcd tells of it is seen that ours is another
                 await self._publish(blocks)
-        underlay = await self._look_at_underlay(resync)
-        plan = plan_node(
-            self._config,
-            self._record(blocks),
-            blocks,
-            None,
-            underlay.mtu,
-            self._settings.mtu,
-            underlay.on_link,
-            self._settings.non_masquerade_cidrs,
-        )
-        table = self._table_for(underlay)
-        if self._records is not None:
-            table.update(self._records)
-            plan = with_peers(plan, table.peers, table.vteps)
-        resized = resync or self.plan is None or self.plan.mtu != plan.mtu
-        if resized:
-            with suppress(CniError):  # one wire must not keep the node from its plan; it is tried again at the end
-                await self._attachments.resize(plan.mtu, only_shrink=True)
-        made = await self._ensure_devices(plan, underlay, resync)
-        point("converge.bridge")
-        done = list(made)
-        if resync or self.plan is None:
-            done += await self._thread.run(self._wires.ensure_guard)
-        known = None if resync or self.plan is None else self.plan.firewall
-        if known != plan.firewall and await self._firewall.ensure(plan.firewall, known):
-            done.append("changed nft elements or rules")
-        point("converge.firewall")
-        if plan.peers is not None:
-            if resync or made:
-                await self._thread.run(self._peers.resync)
-            touched = None if resync or made or table is not self._applied else table.touched
-            changed = await self._thread.run(self._peers.apply, plan.peers, touched)
-            table.settle()
-            self._applied = table
-            point("converge.peers")
-            if changed:
-                done.append(f"changed {changed} neighbours, FDB entries and routes")
-        if done:
-            log.info("kernel brought to its plan", extra={"fields": {"done": done}})
-            if self.plan is not None:
-                self._metrics.repaired("node", "; ".join(done), len(done))
-        self.plan = plan
+        before = plane.plan
+        plan = await plane.bring(self._config, self._record(blocks), blocks, self._records, resync)
         if plan.peers is not None:
             self._journal.set_meta(_CONVERGED, "yes")
         if self._alone or self._journal.meta(_CONVERGED):
             self._attachments.mtu = plan.mtu
-        if resized:
+        if resync or before is None or before.mtu != plan.mtu:
             await self._attachments.resize(plan.mtu)
-
-    async def _ensure_devices(self, plan: NodePlan, underlay: Underlay, resync: bool) -> list[str]:
-        known = self.plan
-        wanted = (plan.bridge, plan.vxlan, plan.backend)
-        if not resync and known is not None and (known.bridge, known.vxlan, known.backend) == wanted:
-            return []
-        devices, names = self._devices, tuple(underlay.devices.values())
-        direct = plan.backend is not BackendType.VXLAN
-        done = await self._thread.run(devices.prepare_underlay, names, self._settings.families, direct)
-        done += await self._thread.run(devices.ensure_bridge, plan.bridge)
-        return done + await self._thread.run(devices.ensure_vxlan, plan.vxlan)
-
-    # --- the underlay
-
-    async def _look_at_underlay(self, resync: bool) -> Underlay:
-        if self._underlay is None or resync:
-            found = await self._thread.run(find_underlay, self._thread, self._addresses)
-            if await self._watch.follow(found.devices):  # what changed between the two was not told
-                found = await self._thread.run(find_underlay, self._thread, self._addresses)
-            self._underlay = found
-        return self._underlay
-
-    def _underlay_changed(self) -> None:
-        self._underlay = None
-        self._changed.set()
-
-    def _table_for(self, underlay: Underlay) -> PeerTable:
-        circumstances = (self._config.backend.type, underlay.on_link, self._addresses[0].version)
-        if self._table is None or self._table_of != circumstances:
-            backend, on_link, family = circumstances
-            plan = partial(plan_peers, backend=backend, on_link=on_link, underlay_family=family)
-            self._table, self._table_of = PeerTable(self._settings.node, plan), circumstances
-        return self._table
 
     def close(self) -> None:
         """Listens for nothing any more."""
-        self._watch.close()
+        self._plane.close()
 
 
 def _describe(backend: Backend) -> str:

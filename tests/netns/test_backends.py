@@ -260,6 +260,24 @@ def test_an_underlay_too_small_for_ipv6_is_not_followed(lab: LabState) -> None:
         wait(lambda: answers(pods.here, pods.addresses[6]), "the way back")
 
 
+def test_an_interface_that_was_down_has_its_routes_again(lab: LabState) -> None:
+    """The kernel drops the routes over an interface that goes down, and its IPv6 addresses."""
+    back = [
+        "ip link set eth0 up",
+        "ip -6 addr add fd00:172:31::b/64 dev eth0 nodad",
+        "ip -6 addr add fe80::b/64 dev eth0 nodad",
+        "ip route add default via 172.31.0.250",
+        "ip -6 route add default via fd00:172:31::fa",
+    ]
+    with pair(lab) as pods, backend(lab, "direct"):
+        assert all(answers(pods.here, address) for address in pods.addresses.values())
+        on_node(lab, "node1", "ip", "link", "set", "eth0", "down")
+        for line in back:
+            assert on_node(lab, "node1", *line.split()).returncode == 0, line
+        for address in pods.addresses.values():
+            process.wait_for(partial(answers, pods.here, address), 15, "the way back, before the periodic resync")
+
+
 # --- what is others' --------------------------------------------------------------------------------------------
 
 FOREIGN = """\
