@@ -5,6 +5,8 @@
     podwire_node  a node with the real etcd, the real daemon and the real executable
     reference     a node with Debian's reference plugins
     contender.py  ADD and DEL of either, by the same path, each checked to have done what it says
+    crowd.py      thousands of other nodes, as one node sees them: records in its etcd, routes in its kernel
+    wires.py      two nodes with pods, by Podwire and by hand; pingpong.py goes to and fro between them
     process.py    one plugin process, timed
     statistic.py  medians, percentiles, ratios with their uncertainty (pure)
     report.py     tables, bounds, the regions of docs/performance.md (pure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.podwire_node import parse_phases, spent
-from bench.report import Bound, replace_regions
+from bench.report import Bound, render_bounds, replace_regions
 from bench.statistic import median, percentile, ratio_of_medians
 
 EXPOSITION = """\
@@ -59,6 +59,13 @@ def test_a_ratio_needs_both_of_every_round() -> None:
 @pytest.mark.parametrize(("measured", "reached"), [(14.9, True), (15.0, True), (15.1, False)])
 def test_a_bound_is_reached_up_to_its_limit(measured: float, reached: bool) -> None:
     assert Bound(what="share", measured=measured, limit=15).reached is reached
+
+
+@pytest.mark.parametrize(("measured", "reached"), [(0.94, False), (0.95, True), (1.2, True)])
+def test_what_is_asked_for_may_be_the_least(measured: float, reached: bool) -> None:
+    bound = Bound(what="throughput", measured=measured, limit=0.95, least=True)
+    assert bound.reached is reached
+    assert "≥ 0.95" in render_bounds([bound])
 
 
 DOCUMENT = (
