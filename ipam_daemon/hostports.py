@@ -61,7 +61,7 @@ def parse(entries: Sequence[Entry]) -> tuple[PortMapping, ...]:
     Raises InvalidConfig for what is ill-formed, UnsupportedField for what the kernel cannot do; both name field and
     value.
     """
-    found: dict[tuple[str, int, Address | None], PortMapping] = {}
+    found: list[PortMapping] = []
     for number, entry in enumerate(entries):
         where = f"{_WHERE}[{number}]"
         mapping = PortMapping(
@@ -70,13 +70,22 @@ def parse(entries: Sequence[Entry]) -> tuple[PortMapping, ...]:
             container_port=_port(f"{where}.containerPort", entry.container_port),
             host_ip=_host_ip(where, entry.host_ip),
         )
-        first = found.setdefault((mapping.protocol, mapping.host_port, mapping.host_ip), mapping)
-        if first != mapping:
-            raise InvalidConfig(
-                f"{where} maps {describe(mapping)} to {mapping.container_port}, and an entry before it to "
-                f"{first.container_port}: expected one of them"
-            )
-    return tuple(found.values())
+        for other in found:
+            if _is_same_port(mapping, other) and mapping.container_port != other.container_port:
+                raise InvalidConfig(
+                    f"{where} maps {describe(mapping)} to {mapping.container_port}, and an entry before it "
+                    f"{describe(other)} to {other.container_port}: expected one of them"
+                )
+        if mapping not in found:
+            found.append(mapping)
+    return tuple(found)
+
+
+def _is_same_port(a: PortMapping, b: PortMapping) -> bool:
+    """Whether one element would say both. One address may lead elsewhere than all the others do."""
+    if (a.protocol, a.host_port) != (b.protocol, b.host_port) or not overlap(a.host_ip, b.host_ip):
+        return False
+    return a.host_ip == b.host_ip or all(ip is None or ip.is_unspecified for ip in (a.host_ip, b.host_ip))
 
 
 def check_families(mappings: Iterable[PortMapping], addresses: Iterable[Interface]) -> None:
