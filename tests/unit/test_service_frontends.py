@@ -254,7 +254,7 @@ def test_what_is_dropped_is_forgotten() -> None:
     for name in ("a", "b"):
         state.drop_service(("default", name))
         state.drop_slice(("default", f"{name}-1"))
-    state.changed(), state.changed_cluster_ips()
+    state.changed(), state.changed_cluster_ips(), state.left_endpoints()
     kept = {**vars(state), **vars(state._claims)}
     assert [name for name, value in kept.items() if isinstance(value, dict | set) and value] == []
 
