@@ -67,7 +67,7 @@ class Contender:
         """`config` is the plugin's entry of the network configuration, without name and version."""
         self.name = name
         self.node = node
-        self._executable = executable
+        self.executable = executable
         self._config = {"cniVersion": CNI_VERSION, "name": "bench", **config}
 
     def add(self, pod: Namespace) -> Added:
@@ -111,11 +111,15 @@ class Contender:
     def detach(self, added: Added) -> Finished:
         """Detaches the pod; nothing passes its link any more. Raises BenchFailed when something would."""
         config = {**self._config, "prevResult": added.result}
+        finished = self._execute("DEL", added.pod, added.container_id, config)
+        self.check_dead(added)
+        return finished
+
+    def check_dead(self, added: Added) -> None:
+        """Raises BenchFailed when something would pass the pod's link."""
         with self.node.entered():
-            finished = self._run("DEL", added.pod, added.container_id, config)
             if _is_up(added.host_ifname):
                 raise BenchFailed(f"{self.name}: {added.host_ifname} is up after DEL")
-        return finished
 
     def wait_gone(self, added: Added) -> float:
         """Returns when neither the node nor the pod has the link any more, and how many seconds that took."""
@@ -143,8 +147,8 @@ class Contender:
         return finished
 
     def _call(self, command: str, pod: Namespace, container_id: str, config: dict[str, Any]) -> Finished:
-        environment = cni_environment(command, pod.path, container_id, self._executable.parent)
-        return run([str(self._executable)], environment, json.dumps(config).encode())
+        environment = cni_environment(command, pod.path, container_id, self.executable.parent)
+        return run([str(self.executable)], environment, json.dumps(config).encode())
 
     def _find_host_link(self, result: dict[str, Any]) -> str:
         """The node's end of the wire: the interface of the result that is neither the pod's nor the bridge."""

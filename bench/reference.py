@@ -7,7 +7,9 @@ leave. Without, it is the least that a plugin can do.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from bench.chained import Chained
 from bench.contender import Contender
 from bench.process import BenchFailed
 from bench.stage import Stage
@@ -25,7 +27,18 @@ def plugins() -> Path:
 
 def reference_node(stage: Stage, name: str, label: str, *, masquerade: bool) -> Contender:
     """bridge + host-local on a node of their own."""
-    config = {
+    return Contender(label, stage.node(name), plugins() / "bridge", _bridge(stage, name, masquerade=masquerade))
+
+
+def reference_chain(stage: Stage, name: str, label: str) -> Chained:
+    """bridge (ipMasq) + host-local + portmap + bandwidth on a node of their own."""
+    folder = plugins()
+    after = [(folder / "portmap", "portMappings"), (folder / "bandwidth", "bandwidth")]
+    return Chained(label, stage.node(name), folder / "bridge", _bridge(stage, name, masquerade=True), after)
+
+
+def _bridge(stage: Stage, name: str, *, masquerade: bool) -> dict[str, Any]:
+    return {
         "type": "bridge",
         "bridge": "cni0",
         "isDefaultGateway": True,
@@ -37,4 +50,3 @@ def reference_node(stage: Stage, name: str, label: str, *, masquerade: bool) -> 
             "dataDir": str(stage.disk / name / "host-local"),
         },
     }
-    return Contender(label, stage.node(name), plugins() / "bridge", config)
