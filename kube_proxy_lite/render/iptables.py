@@ -42,7 +42,7 @@ from kube_proxy_lite.render.iptables_transactions import LIMIT, TABLES, Batch, T
 from kube_proxy_lite.render.iptables_tree import AddressTree, Chains, Ports, Rules, Target
 
 Transactions = tuple[Transaction, ...]
-SHAPE = "podwire iptables mode, shape 1"
+SHAPE = "podwire iptables shape 1"
 """What the marker says; another number for chains that mean something else."""
 
 

@@ -21,7 +21,7 @@ import msgspec
 from kube_proxy_lite.render.iptables_listing import Chain
 from kube_proxy_lite.render.iptables_tree import Rules
 
-LIMIT = 2000
+LIMIT = 1500
 """Lines in one transaction."""
 TABLES = ("nat", "filter")
 

@@ -143,7 +143,9 @@ class PortTree(Tree):
         if not length:
             return f"-p {self._protocol} "
         first = prefix << 16 - length
-        return f"-p {self._protocol} -m {self._protocol} --dport {first}:{first + (1 << 16 - length) - 1} "
+        last = first + (1 << 16 - length) - 1
+        ports = f"{first}:{last}" if first != last else f"{first}"
+        return f"-p {self._protocol} -m {self._protocol} --dport {ports} "
 
 
 class Ports:
