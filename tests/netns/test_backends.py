@@ -322,6 +322,7 @@ def test_foreign_links_routes_rules_and_tables_are_not_touched(lab: LabState) ->
         for chosen in ("direct", "auto", "vxlan"):
             demo.set_backend(lab, chosen)
             assert everything_foreign(lab) == before, chosen
+            assert podwire_check(lab) == 0
         node.kill_daemon(lab, "node1")
         node.start_daemon(lab, "node1")
         node.wait_daemon(lab, "node1")
