@@ -12,7 +12,7 @@ import socket
 import struct
 
 from ipam_daemon.model import Address
-from ipam_daemon.nlattr import message, messages
+from podwire.nlattr import message, messages
 
 _NETLINK_SOCK_DIAG, _BY_FAMILY = 4, 20
 _ERROR, _DONE = 2, 3

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from ipam_daemon.bandwidth import TICK_NS, Bucket
-from ipam_daemon.nlattr import attribute, attributes, message, messages, nested
 from ipam_daemon.rtnl import Message
+from podwire.nlattr import attribute, attributes, message, messages, nested
 
 # rtnetlink
 _NEWLINK, _NEWQDISC, _GETQDISC = 16, 36, 38

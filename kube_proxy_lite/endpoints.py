@@ -46,6 +46,11 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     zones: tuple[str, ...] = ()
 
     @property
+    def serves(self) -> bool:
+        """Whether it answers, be it only for as long as it takes to end."""
+        return self.ready or self.draining
+
+    @property
     def rank(self) -> tuple[object, ...]:
         """Of two candidates with one address the higher rank counts; the last parts make the choice a certain one."""
         return (

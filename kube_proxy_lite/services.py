@@ -28,7 +28,7 @@ from sys import intern
 import msgspec
 
 from kube_proxy_lite.claims import NODE, Claimant, Claims, Place, health_places, place_of
-from kube_proxy_lite.endpoints import Slice, choose, count_ready_here, gather, read_slice
+from kube_proxy_lite.endpoints import Candidate, Slice, choose, count_ready_here, gather, read_slice
 from kube_proxy_lite.frontends import Offer, Wish, collapse, read_service
 from kube_proxy_lite.model import (
     Address,
@@ -186,14 +186,15 @@ class Services:
         entry = self._entries.get(service)
         return entry.plans if entry else ()
 
-    def endpoints(self, key: PortKey) -> frozenset[tuple[Address, int]]:
-        """Every endpoint that the slices list for a port, whatever its conditions. May be called in any thread."""
+    def endpoints(self, key: PortKey, serving: bool = False) -> frozenset[tuple[Address, int]]:
+        """Every endpoint that the slices list for a port, whatever its conditions; with `serving` those that are ready,
+        or serve while they terminate. May be called in any thread."""
         entry = self._entries.get((key.namespace, key.service))
         found = gather(entry.slices, key.port, key.protocol, key.version) if entry else ()
-        return frozenset((candidate.address, port) for candidate, port in found)
+        return frozenset((candidate.address, port) for candidate, port in found if candidate.serves or not serving)
 
     def left_endpoints(self) -> frozenset[Key]:
-        """Services one of whose endpoints is in its slice no longer, since this was last asked."""
+        """Services one of whose endpoints is in its slice no longer, or serves no longer, since this was last asked."""
         left, self._left = frozenset(self._left), set()
         return left
 
@@ -268,20 +269,21 @@ class Services:
         namespace, name = key
         if part is None:
             self._owners.pop(key, None)
-            self._note_left(entry, name, frozenset())
+            self._note_left(entry, name, ())
             entry.slices = tuple(each for each in entry.slices if each.name != name)
         else:
             if part in entry.slices:
                 return
-            self._note_left(entry, name, frozenset(each.address for each in part.candidates))
+            self._note_left(entry, name, part.candidates)
             self._owners[intern(namespace), name] = entry.key
             entry.slices = (*(each for each in entry.slices if each.name != name), part)
         self._dirty.add(entry.key)
 
-    def _note_left(self, entry: _Entry, name: str, stay: frozenset[Address]) -> None:
-        """Notes the Service when a slice of it loses an endpoint."""
-        listed = (each.address for part in entry.slices if part.name == name for each in part.candidates)
-        if any(address not in stay for address in listed):
+    def _note_left(self, entry: _Entry, name: str, now: tuple[Candidate, ...]) -> None:
+        """Notes the Service when a slice of it loses an endpoint, or one that has served does not."""
+        serves = {each.address: each.serves for each in now}
+        before = (each for part in entry.slices if part.name == name for each in part.candidates)
+        if any(each.address not in serves or each.serves > serves[each.address] for each in before):
             self._left.add(entry.key)
 
     def _entry(self, key: Key) -> _Entry:

@@ -176,9 +176,10 @@ class ServiceSync:
             self._stale.doubt_all()
         looked_at = self._stale.begin()
         own = frozenset(map(int, self._own_addresses()))
+        service_cidrs = self.services.service_cidrs
         try:
             found = await self._connections.select(
-                lambda all_: self._stale.stale(all_, looked_at, own, self.services.endpoints)
+                lambda all_: self._stale.stale(all_, looked_at, own, self.services.endpoints, service_cidrs)
             )
             cut = await self._connections.delete(found)
         except TryAgain:
