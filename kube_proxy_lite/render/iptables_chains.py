@@ -61,7 +61,7 @@ _UNFIT = re.compile(r"[^A-Za-z0-9_.:/-]")
 _NAME_LENGTH = 160
 MARK_MASQ = "-j KUBE-MARK-MASQ"
 LOOPBACK: dict[int, Network] = {4: ipaddress.ip_network("127.0.0.0/8"), 6: ipaddress.ip_network("::1/128")}
-_REJECT = {4: "-j REJECT --reject-with icmp-port-unreachable", 6: "-j REJECT --reject-with icmp6-port-unreachable"}
+_REJECT = {4: "icmp-port-unreachable", 6: "icmp6-port-unreachable"}
 _MASK = {4: "255.255.255.255", 6: "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"}
 
 
@@ -159,8 +159,10 @@ def entries(plan: PortPlan, settings: Settings) -> Iterator[tuple[Entry, Target]
             yield (board, at, protocol, each.port), _forward_target(each, names)
         verdict = _other_verdict(plan, each, settings)
         if verdict is Verdict.REFUSE:
+            # a reset, because TCP over IPv6 tries on for a second and more after an ICMP error
+            how = "tcp-reset" if protocol is Protocol.TCP else _REJECT[plan.key.version]
             text = f"{names.shown} has no endpoints"
-            yield (refused, at, protocol, each.port), (text, _REJECT[plan.key.version])
+            yield (refused, at, protocol, each.port), (text, f"-j REJECT --reject-with {how}")
         elif verdict is Verdict.DROP:
             yield (refused, at, protocol, each.port), (f"{names.shown} has no local endpoints", "-j DROP")
         if each.source_ranges and each.address is not None:

@@ -96,7 +96,7 @@ def nft(stage: Stage) -> Iterator[Mode]:
     [
         ("nft", "pods are told by their addresses"),
         ("nft", "pods are not told"),
-        pytest.param("legacy", "pods are told by their interfaces", marks=(needs_legacy, pytest.mark.slow)),
+        pytest.param("legacy", "pods are told by their interfaces", marks=needs_legacy),
     ],
 )
 def test_every_flow_of_the_matrix(stage: Stage, backend: str, variant: str) -> None:
