@@ -23,6 +23,7 @@ COMMANDS = {
     "ipam": "what etcd, journal, kernel and runtime say about this node, side by side",
     "cluster": "what holds for all nodes; change how they reach each other's pods",
     "node": "the nodes of the cluster; forget one that is gone for good",
+    "policy": "what NetworkPolicies let pass: one flow, or all pods by all pods",
 }
 
 
