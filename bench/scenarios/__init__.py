@@ -7,7 +7,19 @@ from collections.abc import Callable
 import msgspec
 
 from bench.report import Report
-from bench.scenarios import bandwidth, chain, churn, elements, executable, latency, memory, outage, scale, throughput
+from bench.scenarios import (
+    bandwidth,
+    chain,
+    churn,
+    elements,
+    executable,
+    latency,
+    memory,
+    outage,
+    scale,
+    services,
+    throughput,
+)
 from bench.stage import Stage
 
 
@@ -38,7 +50,7 @@ SCENARIOS = (
         rounds=30,
         quick=4,
     ),
-    Scenario(name="bandwidth", about="what limits let through", run=bandwidth.run, rounds=2, quick=1),
+    Scenario(name="bandwidth", about="what limits let through", run=bandwidth.run, rounds=3, quick=1),
     Scenario(name="elements", about="elements of nft sets, three ways", run=elements.run, rounds=60, quick=8),
     Scenario(name="outage", about="etcd stopped and started again", run=outage.run, rounds=5, quick=1),
     Scenario(name="memory", about="the daemon's memory with 200 pods", run=memory.run, rounds=200, quick=20),
@@ -56,4 +68,5 @@ SCENARIOS = (
         rounds=5,
         quick=1,
     ),
+    Scenario(name="services", about="1 to 30,000 Services, beside rules by hand", run=services.run, rounds=40, quick=8),
 )
