@@ -19,7 +19,7 @@ our own jumps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from kube_proxy_lite.model import PortKey, PortPlan, Settings
 from kube_proxy_lite.render.interface import Changes, ClusterIPs
@@ -59,33 +59,37 @@ class IptablesRenderer:
 
     def update(self, changes: Changes, cluster_ips: ClusterIPs) -> Transactions:  # noqa: ARG002
         """See interface.Renderer. A ClusterIP without a port that is asked for has no rule in this mode."""
-        made: Transactions = ()
+        batches = []
         for version, family in self._families.items():
             plans = {key: plan for key, plan in changes.items() if key.version == version}
             if plans:
-                batch = family.update(plans, self._synced)
-                made += batch.transactions(self._limit) if self._synced else ()
-        return made
+                batches.append(family.update(plans, self._synced))
+        return self._made(batches)
 
     def configure(self, settings: Settings) -> Transactions:
-        """See interface.Renderer. Raises BadInterface, and nothing has changed then. Renders everything twice."""
+        """See interface.Renderer. Raises BadInterface, and nothing has changed then.
+
+        Renders everything, twice, when pods are told otherwise; else the chains that are always there.
+        """
         for version in self._families:
             pod_matches(settings, version)
-        made: Transactions = ()
-        for family in self._families.values():
-            before = family.render() if self._synced else {}
-            family.configure(settings)
-            if self._synced:
-                made += _difference(family.version, before, family.render()).transactions(self._limit)
-        return made
+        batches = [family.configure(settings) for family in self._families.values()]
+        return self._made(batches)
+
+    def accept_health_checks(self, ports: Iterable[int]) -> Transactions:
+        """Let clients in to these ports of the node, on which the Services' health is asked for: all there are."""
+        batches = [family.accept(frozenset(ports)) for family in self._families.values()]
+        return self._made(batches)
+
+    def _made(self, batches: Iterable[Batch]) -> Transactions:
+        if not self._synced:
+            return ()
+        return tuple(each for batch in batches for each in batch.transactions(self._limit))
 
     def resync(self, listing: Listings) -> Transactions:
         """See interface.Renderer."""
         self._synced = True
-        made: Transactions = ()
-        for version, family in self._families.items():
-            made += family.resync(listing.get(version, Listing())).transactions(self._limit)
-        return made
+        return self._made(family.resync(listing.get(version, Listing())) for version, family in self._families.items())
 
 
 class _Family:
@@ -95,6 +99,7 @@ class _Family:
         self.version = version
         self._settings = settings
         self._plans: dict[PortKey, PortPlan] = {}
+        self._health_ports: frozenset[int] = frozenset()
         self._boards: dict[Board, AddressTree | Ports] = {}
         self._clear()
 
@@ -125,11 +130,22 @@ class _Family:
                 self._plans.pop(key, None)
         return _difference(self.version, before, self._chains(new, touched) if synced else {})
 
-    def configure(self, settings: Settings) -> None:
+    def configure(self, settings: Settings) -> Batch:
+        if pod_matches(self._settings, self.version) == pod_matches(settings, self.version):
+            before = self._constant()
+            self._settings = settings
+            return _difference(self.version, before, self._constant())
+        before = self.render()
         self._settings = settings
         self._clear()
         for entry, target in self._entries(self._plans.values()).items():
             self._put(entry, target)
+        return _difference(self.version, before, self.render())
+
+    def accept(self, ports: frozenset[int]) -> Batch:
+        before = self._constant()
+        self._health_ports = ports
+        return _difference(self.version, before, self._constant())
 
     def _entries(self, plans: Iterable[PortPlan]) -> dict[Entry, Target]:
         return {entry: target for plan in plans for entry, target in entries(plan, self._settings)}
@@ -146,25 +162,30 @@ class _Family:
 
     def render(self) -> dict[Chain, Rules]:
         """Every chain."""
-        return self._chains(self._plans.values(), None)
+        found = self._shared() | self._chains(self._plans.values(), None)
+        found["nat", MARKER] = (f'-m comment --comment "{SHAPE}" -j RETURN',)
+        return found
 
-    def _chains(self, plans: Iterable[PortPlan], touched: Iterable[Entry] | None) -> dict[Chain, Rules]:
+    def _constant(self) -> dict[Chain, Rules]:
+        """The chains that are always there, and the roots of the trees."""
+        return self._shared() | self._chains((), ())
+
+    def _shared(self) -> dict[Chain, Rules]:
+        shared = shared_chains(self._settings, self.version, self._health_ports)
+        return {(table, name): rules for table, chains in shared.items() for name, rules in chains.items()}
+
+    def _chains(self, plans: Iterable[PortPlan], touched: Collection[Entry] | None) -> dict[Chain, Rules]:
         """The chains of some plans and of the boards; of these, given `touched`, what can have changed."""
         found: dict[Chain, Rules] = {}
-        if touched is None:
-            for table, chains in shared_chains(self._settings, self.version).items():
-                found |= {(table, name): rules for name, rules in chains.items()}
         for plan in plans:
             for table, chains in service_chains(plan, self._settings).items():
                 for name, rules in chains.items():
                     found[table, name] = rules
         for board in BOARDS:
             found |= self._board_chains(board, touched)
-        if touched is None:
-            found["nat", MARKER] = (f'-m comment --comment "{SHAPE}" -j RETURN',)
         return found
 
-    def _board_chains(self, board: Board, touched: Iterable[Entry] | None) -> dict[Chain, Rules]:
+    def _board_chains(self, board: Board, touched: Collection[Entry] | None) -> dict[Chain, Rules]:
         tree = self._boards[board]
         here = None if touched is None else [entry for entry in touched if entry[0] == board]
         chains: Chains

@@ -324,8 +324,8 @@ def pod_matches(settings: Settings, version: int) -> list[str]:
     return found
 
 
-def shared_chains(settings: Settings, version: int) -> dict[str, Chains]:
-    """The chains that every Service uses, by table. Raises BadInterface."""
+def shared_chains(settings: Settings, version: int, health_ports: Iterable[int] = ()) -> dict[str, Chains]:
+    """The chains that every Service uses, by table; `health_ports` are let in. Raises BadInterface."""
     pods = pod_matches(settings, version)
     if settings.masquerade_all:
         not_pod: Rules = (MARK_MASQ,)
@@ -342,7 +342,10 @@ def shared_chains(settings: Settings, version: int) -> dict[str, Chains]:
             ),
         },
         "filter": {
-            "KUBE-NODEPORTS": (),
+            "KUBE-NODEPORTS": tuple(
+                f'-p tcp -m comment --comment "health check node port" -m tcp --dport {port} -j ACCEPT'
+                for port in sorted(health_ports)
+            ),
             "KUBE-FORWARD": (
                 "-m conntrack --ctstate INVALID -j DROP",
                 f'-m comment --comment "kubernetes forwarding rules" -m mark --mark {MARK} -j ACCEPT',

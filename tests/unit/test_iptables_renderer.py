@@ -225,6 +225,26 @@ def test_settings_change_what_depends_on_them() -> None:
             assert node.resync() == ()
 
 
+def test_what_is_not_about_pods_changes_the_constant_chains_alone() -> None:
+    node = Node(*WHOLE)
+    other = msgspec.structs.replace(SETTINGS, service_cidrs=(), masquerade_all=True)
+    sent = node.renderer.configure(other)
+    assert {line for each in sent for line in each.text.splitlines() if line.startswith(":")} == {
+        f":{chain} - [0:0]" for chain in ("KUBE-MARK-NOT-POD", "KUBE-SERVICES")
+    }
+
+
+def test_balancers_are_let_in_to_ask_for_health() -> None:
+    node = Node(*WHOLE)
+    node.kernel.commit(node.renderer.accept_health_checks((32000, 31000)))
+    for version in (4, 6):
+        rules = node.chain("filter", "KUBE-NODEPORTS", version)
+        assert [re.findall(r"--dport (\d+) -j ACCEPT", rule) for rule in rules] == [["31000"], ["32000"]]
+    assert node.resync() == ()
+    node.kernel.commit(node.renderer.accept_health_checks(()))
+    assert node.kernel.tables == Node(*WHOLE).kernel.tables
+
+
 def test_before_the_first_look_nothing_is_sent() -> None:
     renderer = IptablesRenderer(SETTINGS)
     assert renderer.update({plan().key: plan()}, {}) == ()
