@@ -8,7 +8,7 @@ import pytest
 
 from ipam_daemon.allocator import BlockUse
 from ipam_daemon.model import Block, Pool
-from ipam_daemon.supply import Claim, Return, decide
+from ipam_daemon.supply import Claim, Return, decide, short_of
 
 POOL = Pool(cidr=ipaddress.ip_network("10.244.0.0/16"), block_size=24)
 LIMIT, IDLE = 4, 60.0
@@ -48,3 +48,23 @@ def test_decision(uses: list[BlockUse], empty: dict[int, float], now: float, exp
         assert f"return {decision.block.cidr.network_address.packed[2]}" == expected
     else:
         assert ("claim" if isinstance(decision, Claim) else "") == expected
+
+
+SHORTAGES: dict[str, tuple[list[BlockUse], set[int], set[int]]] = {
+    "room in the one family": ([use(1, 0)], {4}, set()),
+    "none in it": ([use(1, 252)], {4}, {4}),
+    "room in another of its blocks": ([use(1, 252), use(2, 0)], {4}, set()),
+    "what cools can be had": ([use(1, 200, cooling=52)], {4}, set()),
+    "no block of a second family": ([use(1, 0)], {4, 6}, {6}),
+}
+
+
+@pytest.mark.parametrize(("uses", "families", "short"), SHORTAGES.values(), ids=SHORTAGES.keys())
+def test_of_which_families_there_is_nothing_left(uses: list[BlockUse], families: set[int], short: set[int]) -> None:
+    assert short_of(uses, frozenset(families)) == short
+
+
+def test_pools_of_two_families_may_share_a_name() -> None:
+    six = Pool(cidr=ipaddress.ip_network("fd00:10:244::/56"))
+    assert POOL.has(use(1, 0).block)
+    assert not six.has(use(1, 0).block)
