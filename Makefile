@@ -31,7 +31,8 @@ test: ## run the tests that take seconds (as root: all tiers but vm and kind)
 	@$(BIN)/python -m pytest -m 'not slow' $(TESTS) $(ARGS)
 
 test-all: test-bare ## run every test that this machine can run, after test-bare (root)
-	@$(SETUP) run test bench
+	@$(SETUP) run test bench vm
+	@deploy/dev/vm-kernel
 	@$(BIN)/python -m pytest tests $(ARGS)
 
 test-bare: ## prove the set-up in a fresh Debian 12 root made by mmdebstrap (root)

@@ -25,6 +25,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 import warnings
@@ -79,16 +80,25 @@ def lacking_docker() -> str:
     return ""
 
 
+def lacking_kernel() -> str:
+    """Why no other kernel can be booted here; empty when one can."""
+    booted = next((TESTS.parent / "build" / "vm" / "boot").glob("vmlinuz-*"), None)
+    starter = Path(sys.executable).parent / "vng"
+    return (
+        "" if booted and starter.exists() else "needs Debian's kernel and virtme-ng (deploy/dev/vm-kernel fetches them)"
+    )
+
+
+TESTS = Path(__file__).parent
 TIERS: dict[str, Callable[[], str]] = {
     "unit": lambda: "",
     "golden": lambda: "",
     "etcd": lambda: lacking_programs("etcd"),
     "netns": lacking_namespaces,
     "runtime": lambda: lacking_namespaces() or lacking_programs("containerd", "ctr", "runc", "busybox"),
-    "vm": lambda: lacking_programs("vng", "qemu-system-x86_64"),
+    "vm": lambda: lacking_programs("qemu-system-x86_64") or lacking_kernel(),
     "kind": lacking_docker,
 }
-TESTS = Path(__file__).parent
 
 
 @functools.cache
