@@ -15,7 +15,7 @@ import msgspec
 
 from podwire import manifests
 from podwire.errors import PodwireError
-from podwire.lab import cluster, names, node, process, state
+from podwire.lab import cluster, names, node, process, proxy, state
 from podwire.lab.state import LabState
 
 BACKENDS = ("vxlan", "direct", "auto")
@@ -61,10 +61,12 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
                         help="how nodes reach each other's pods: vxlan, direct or auto (%(default)s)")  # fmt: skip
     parser.add_argument("--segments", type=int, default=1, metavar="N",
                         help="networks that nodes are on: 1, or 2 with a router between (%(default)s)")  # fmt: skip
-    parser.add_argument("--proxy", default="none", metavar="PROXY", help="what programs Services: none")
+    parser.add_argument("--proxy", default="nftables", metavar="MODE",
+                        help="what programs Services: nftables, iptables, or none (%(default)s)")  # fmt: skip
     parser.add_argument("--pod-cidr", default="10.244.0.0/16", metavar="CIDR[,CIDR]",
                         help="one network, or one of each family; the underlay has the same (%(default)s)")  # fmt: skip
-    parser.add_argument("--service-cidr", default="10.96.0.0/16", metavar="CIDR", help="(%(default)s)")
+    text = ", ".join(str(network) for network in names.SERVICE_CIDRS.values())
+    parser.add_argument("--service-cidr", default="", metavar="CIDR[,CIDR]", help=f"of the pods' families ({text})")
     parser.add_argument("--etcd", type=int, choices=(1, 3), default=1, help="how many etcd members (%(default)s)")
     text = "certificates for etcd's members and for each node, of an authority of the lab's own"
     parser.add_argument("--etcd-tls", action="store_true", help=text)
@@ -111,18 +113,20 @@ def wanted_lab(arguments: argparse.Namespace) -> LabState:
     """The lab that the flags describe. Raises PodwireError for what there is not, or not yet."""
     if arguments.backend not in BACKENDS:
         raise PodwireError(f"--backend {arguments.backend}: expected one of {', '.join(BACKENDS)}")
-    for flag, value, known in (
-        ("--proxy", arguments.proxy, "none"),
-        ("--kube-apiserver", arguments.kube_apiserver, None),
-    ):
-        if value != known:
-            instead = f"; there is {known}" if known is not None else ""
-            raise PodwireError(f"{flag} {value} is not there yet{instead}")
-    pod_cidrs = [_network("--pod-cidr", text) for text in arguments.pod_cidr.split(",")]
-    if len({network.version for network in pod_cidrs}) < len(pod_cidrs):
-        raise PodwireError(f"--pod-cidr {arguments.pod_cidr}: expected at most one network of each family")
-    if _network("--service-cidr", arguments.service_cidr).version != 4:
-        raise PodwireError(f"--service-cidr {arguments.service_cidr}: IPv6 is not there yet; expected 10.96.0.0/16")
+    if arguments.proxy not in proxy.MODES:
+        later = " is not there yet;" if arguments.proxy == "ipvs" else ":"
+        raise PodwireError(f"--proxy {arguments.proxy}{later} expected one of {', '.join(proxy.MODES)}")
+    if arguments.kube_apiserver is not None:
+        raise PodwireError(f"--kube-apiserver {arguments.kube_apiserver} is not there yet")
+    pod_cidrs = _networks("--pod-cidr", arguments.pod_cidr)
+    service_cidrs = _networks("--service-cidr", arguments.service_cidr) if arguments.service_cidr else []
+    families = {network.version for network in pod_cidrs}
+    for network in service_cidrs:
+        if network.version not in families:
+            raise PodwireError(f"--service-cidr {network}: pods have no IPv{network.version} (--pod-cidr)")
+        for other in pod_cidrs:
+            if other.version == network.version and other.overlaps(network):
+                raise PodwireError(f"--service-cidr {network} overlaps --pod-cidr {other}")
     pod_cidr = ",".join(map(str, pod_cidrs))
     return LabState(
         name=arguments.name,
@@ -130,10 +134,17 @@ def wanted_lab(arguments: argparse.Namespace) -> LabState:
         backend=arguments.backend,
         proxy=arguments.proxy,
         pod_cidr=pod_cidr,
-        service_cidr=arguments.service_cidr,
+        service_cidr=",".join(map(str, service_cidrs)),
         etcd_members=arguments.etcd,
         etcd_tls=arguments.etcd_tls,
     )
+
+
+def _networks(flag: str, text: str) -> list[names.Network]:
+    networks = [_network(flag, one) for one in text.split(",")]
+    if len({network.version for network in networks}) < len(networks):
+        raise PodwireError(f"{flag} {text}: expected at most one network of each family")
+    return networks
 
 
 def _network(flag: str, text: str) -> names.Network:

@@ -20,7 +20,7 @@ import msgspec
 
 from podwire import manifests
 from podwire.errors import PodwireError
-from podwire.lab import certificates, names, node, process, state, topology
+from podwire.lab import certificates, names, node, process, proxy, state, topology
 from podwire.lab.api.client import Client
 from podwire.lab.api.kinds import CONFIG_MAPS, DEPLOYMENTS, PODS, REPLICA_SETS, SECRETS
 from podwire.lab.api.kubeconfig import kubeconfig
@@ -75,15 +75,28 @@ def _build(lab: LabState, say: Say) -> None:
     start_supervisor(lab)
     for each in lab.nodes:
         node.wait_holder(lab, each)
-    say("daemons")
-    for each in lab.nodes:
-        node.install(lab, each)
-        node.start_daemon(lab, each.name)
+    say("daemons" if lab.proxy == proxy.NONE else "daemons and proxies")
+    start_nodes(lab)
     wait_supervisor(lab)
     for each in lab.nodes:
         for member in lab.etcd:
             _still_runs(lab, member.role)
         node.wait_daemon(lab, each.name)
+    for each in lab.nodes if lab.proxy != proxy.NONE else ():
+        proxy.wait_healthy(lab, each)
+
+
+def start_nodes(lab: LabState) -> None:
+    """Installs and starts every node's daemon, and its proxy. All daemons first: pods wait for both, and for etcd."""
+    proxied = lab.nodes if lab.proxy != proxy.NONE else ()
+    for each in lab.nodes:
+        node.install(lab, each)
+        node.start_daemon(lab, each.name)
+    if proxied:
+        proxy.install_shared(lab)
+    for each in proxied:
+        proxy.install(lab, each)
+        proxy.start(lab, each.name)
 
 
 def is_complete(name: str) -> bool:

@@ -1,10 +1,11 @@
-"""The lab's controllers: Deployments and ReplicaSets, and what belongs to one that is gone.
+"""The lab's controllers: Deployments and ReplicaSets, what belongs to one that is gone, Services' slices and balancers.
 
     store's log ─▶ something changed ─▶ all plans, from the objects as they are ─▶ actions ─▶ store ─▶ …
 
 Level-triggered: a pass looks at all that there is and does what is missing, so it matters neither what woke it nor what
 the last one got done. Passes follow each other until one changes nothing. A pass over 50 pods takes about 2 ms; at most
-one is made every _PAUSE_SECONDS. The plans are pure: deployments.py, replicasets.py, workloads.py.
+one is made every _PAUSE_SECONDS. The plans are pure: deployments.py, replicasets.py, workloads.py,
+endpoints.py, load_balancers.py.
 """
 
 from __future__ import annotations
@@ -14,20 +15,25 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from podwire.kube.objects import SERVICE_NAME_LABEL
+from podwire.lab import names
 from podwire.lab.api.errors import ApiError, Conflict, Gone, NotFound
-from podwire.lab.api.kinds import DEPLOYMENTS, PODS, REPLICA_SETS
+from podwire.lab.api.kinds import DEPLOYMENTS, ENDPOINT_SLICES, NODES, PODS, REPLICA_SETS, SERVICES
 from podwire.lab.api.store import Store
 from podwire.lab.deployments import is_rolled_out, plan_deployment
+from podwire.lab.endpoints import ZONE_LABEL, plan_endpoint_slices, plan_stray_slices
 from podwire.lab.events import record
+from podwire.lab.load_balancers import ingress_of, is_balanced, plan_balanced
 from podwire.lab.replicasets import plan_replica_set
 from podwire.lab.workloads import Action, Create, Delete, SetStatus, Update, is_going, plan_orphans
 
 _log = logging.getLogger(__name__)
-_KINDS = (DEPLOYMENTS, REPLICA_SETS, PODS)
+_OWNING = (DEPLOYMENTS, REPLICA_SETS, PODS)
+_KINDS = (*_OWNING, SERVICES, ENDPOINT_SLICES, NODES)
 _PAUSE_SECONDS = 0.02
 _TICK_SECONDS = 1.0  # while something waits for time to pass: minReadySeconds, a progress deadline
 
@@ -35,10 +41,16 @@ Object = dict[str, Any]
 
 
 class Controllers:
-    """All controllers of a lab on its store. `clock` is in seconds since the epoch."""
+    """All controllers of a lab on its store. `clock` is in seconds since the epoch.
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+    `balanced` are the networks of load balancers' addresses.
+    """
+
+    def __init__(
+        self, store: Store, clock: Callable[[], float] = time.time, balanced: Sequence[names.Network] = ()
+    ) -> None:
         self._store = store
+        self._balanced = balanced
         self._clock = clock
         self._seen = -1
 
@@ -73,7 +85,7 @@ class Controllers:
 
     def look(self) -> None:
         """One pass: what is to be done now, done."""
-        for action in plan_orphans(*(self._store.list(kind) for kind in _KINDS)):
+        for action in plan_orphans(*(self._store.list(kind) for kind in _OWNING)):
             self._do(action)
         now = self._clock()
         if deployments := self._store.list(DEPLOYMENTS):
@@ -85,6 +97,29 @@ class Controllers:
             pods = self._by_namespace(PODS)
             for one in found:
                 self._carry_out(one, partial(plan_replica_set, one, pods[one["metadata"]["namespace"]], now))
+
+        self._look_at_services()
+
+    def _look_at_services(self) -> None:
+        services, slices = self._store.list(SERVICES), self._by_namespace(ENDPOINT_SLICES)
+        for action in plan_stray_slices(services, [one for some in slices.values() for one in some]):
+            self._do(action)
+        if not services:
+            return
+        zones = {
+            node["metadata"]["name"]: (node["metadata"].get("labels") or {}).get(ZONE_LABEL, "")
+            for node in self._store.list(NODES)
+        }
+        pods = self._by_namespace(PODS)
+        for one in services:
+            space, name = one["metadata"]["namespace"], one["metadata"]["name"]
+            of_it = [
+                each for each in slices[space] if (each["metadata"].get("labels") or {}).get(SERVICE_NAME_LABEL) == name
+            ]
+            self._carry_out(one, partial(plan_endpoint_slices, one, pods[space], zones, of_it))
+        for one in services:
+            if is_balanced(one) or ingress_of(one):  # one after the other: none may get what another just got
+                self._carry_out(one, partial(plan_balanced, one, self._store.list(SERVICES), self._balanced))
 
     def _by_namespace(self, kind: Any) -> dict[str, list[Object]]:
         found: dict[str, list[Object]] = defaultdict(list)
@@ -121,7 +156,8 @@ class Controllers:
         match action:
             case Create(kind, obj, owner):
                 made = self._store.create(kind, obj)
-                record(self._store, owner, *_created(made), "Normal")
+                if owner is not None:
+                    record(self._store, owner, *_created(made), "Normal")
             case Update(kind, obj, owner, why):
                 self._store.update(kind, obj)
                 if why[0]:

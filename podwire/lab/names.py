@@ -29,15 +29,31 @@ UNDERLAYS: dict[int, tuple[Network, ...]] = {  # family → segments
     6: (ipaddress.ip_network("fd00:172:31::/64"), ipaddress.ip_network("fd00:172:31:1::/64")),
 }
 MAX_SEGMENTS = 2
-_CONTROL, _ETCD, _FIRST_NODE, _OUTSIDE = 2, 2, 10, 250  # hosts of a network; members and nodes are counted from 1
+_CONTROL, _ETCD, _FIRST_NODE, _BALANCER, _OUTSIDE = (
+    2,
+    2,
+    10,
+    249,
+    250,
+)  # hosts of a network; members and nodes are counted from 1
 # What lies beyond the underlay, as the internet does: nodes reach it by their default route, over the outside host.
 BEYOND_ADDRESSES: dict[int, Address] = {
     4: ipaddress.ip_address("198.51.100.1"),
     6: ipaddress.ip_address("2001:db8:51::1"),
 }
 BEYOND_ADDRESS = BEYOND_ADDRESSES[4]
+# Services get their addresses of the first, load balancers theirs of the second.
+SERVICE_CIDRS: dict[int, Network] = {
+    4: ipaddress.ip_network("10.96.0.0/16"),
+    6: ipaddress.ip_network("fd00:10:96::/108"),
+}
+BALANCED: dict[int, Network] = {
+    4: ipaddress.ip_network("198.51.100.64/26"),
+    6: ipaddress.ip_network("2001:db8:51::1:0/112"),
+}
 MAX_NODES = 99
 API_PORT = 6443
+PROXY_HEALTH_PORT, PROXY_METRICS_PORT = 10256, 10249
 ETCD_PORT = 2379
 
 # What libcni, container runtimes and Podwire keep at fixed paths: each node has its own.
@@ -69,7 +85,7 @@ def namespace_prefix(lab: str) -> str:
 
 
 def namespace(lab: str, part: str) -> str:
-    """The network namespace of a part: a node's name, `underlay`, `control`, `outside`, or `etcd<n>` of several."""
+    """The network namespace of a part: a node's name, `underlay`, `control`, `outside`, `balancer`, or `etcd<n>`."""
     return f"{namespace_prefix(lab)}{part}"
 
 
@@ -112,6 +128,11 @@ def outside_address(family: int = 4, segment: int = 0) -> Address:
     return UNDERLAYS[family][segment][_OUTSIDE]
 
 
+def balancer_address(family: int = 4, segment: int = 0) -> Address:
+    """The host that spreads what comes for a load balancer's address over the nodes."""
+    return UNDERLAYS[family][segment][_BALANCER]
+
+
 def underlay_of(address: str) -> Network:
     """The network of the underlay that an address is on."""
     found = ipaddress.ip_address(address)
@@ -139,13 +160,14 @@ class LabFiles:
         self.state = self.folder / "state.json"
         self.api = self.folder / "api.json"
         self.kubeconfig = self.folder / "kubeconfig"
+        self.node_kubeconfig = self.folder / "node-kubeconfig"  # with the API's address on the underlay
         self.processes = self.folder / "processes"
         self.logs = self.folder / "logs"
         self.etcd = self.folder / "etcd"
         self.lock = root / f"{lab}.lock"
 
     def log(self, role: str) -> Path:
-        """The log of a process, by its role: `supervisor`, `etcd`, `ipamd-node1`."""
+        """The log of a process, by its role: `supervisor`, `etcd`, `ipamd-node1`, `proxy-node1`."""
         return self.logs / f"{role}.log"
 
     def node_folder(self, node: str) -> Path:

@@ -114,6 +114,7 @@ def daemon_config(state: LabState, node: NodeState) -> dict[str, object]:
         "runDir": str(files.node_path(node.name, "/run/podwire")),
         "stateDir": str(files.node_path(node.name, "/var/lib/podwire")),
         "httpListen": f"{'[::]' if ':' in node.addresses[0] else '0.0.0.0'}:{METRICS_PORT}",
+        "networkPolicy": state.proxy != "none",
     }
 
 

@@ -59,6 +59,8 @@ class LabState(msgspec.Struct, frozen=True, kw_only=True):
     """A lab as it was asked for. `complete` is False until the first `up` has got through.
 
     `pod_cidr` is a network, or one of each family with a comma between; the underlay has the families of the pods.
+    `service_cidr` likewise; a family of the pods that it has no network of gets the usual one. `proxy` is the mode of
+    the nodes' proxies, `none` for no proxies.
     """
 
     name: str
@@ -66,7 +68,7 @@ class LabState(msgspec.Struct, frozen=True, kw_only=True):
     backend: str = "vxlan"
     proxy: str = "none"
     pod_cidr: str = "10.244.0.0/16"
-    service_cidr: str = "10.96.0.0/16"
+    service_cidr: str = ""
     etcd_members: int = 1
     etcd_tls: bool = False
     id: str = msgspec.field(default_factory=lambda: uuid.uuid4().hex)
@@ -96,6 +98,12 @@ class LabState(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(self.pod_cidr.split(","))
 
     @property
+    def service_cidrs(self) -> tuple[str, ...]:
+        """The networks that Services get addresses of, one of each family of the pods, in the same order."""
+        given = {6 if ":" in cidr else 4: cidr for cidr in self.service_cidr.split(",") if cidr}
+        return tuple(given.get(family) or str(names.SERVICE_CIDRS[family]) for family in self.families)
+
+    @property
     def families(self) -> tuple[int, ...]:
         """The families of pods and of the underlay, in the order of `pod_cidr`."""
         return families(self.pod_cidr)
@@ -111,7 +119,7 @@ class LabState(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(member.endpoint for member in self.etcd)
 
     def netns(self, part: str) -> Path:
-        """The path of the network namespace of a node, or of `underlay`, `control`, `outside`, `etcd<n>`."""
+        """The path of the network namespace of a node, of `underlay`, `control`, `outside`, `balancer` or `etcd<n>`."""
         return names.netns_path(names.namespace(self.name, part))
 
     def pod_netns(self, namespace: str, pod: str) -> Path:

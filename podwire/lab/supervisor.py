@@ -26,9 +26,10 @@ from podwire import logs, netns
 from podwire.lab import names, state
 from podwire.lab.agent import daemon_status
 from podwire.lab.api.errors import NotFound
-from podwire.lab.api.kinds import NODES
+from podwire.lab.api.kinds import NODES, SERVICE_CIDRS
 from podwire.lab.api.server import ApiServer
 from podwire.lab.api.store import Store
+from podwire.lab.balancing import Balancer
 from podwire.lab.container import now, previous_log
 from podwire.lab.controllers import Controllers
 from podwire.lab.kubelet import Kubelets, log_path
@@ -113,6 +114,7 @@ async def serve(lab: LabState, sockets: list[socket.socket], address: ApiAddress
     store = Store(first_version=time.time_ns() // 1_000_000)  # above all that an earlier supervisor has given out
     for node in lab.nodes:
         store.create(NODES, node_object(node))
+    store.create(SERVICE_CIDRS, {"metadata": {"name": "kubernetes"}, "spec": {"cidrs": list(lab.service_cidrs)}})
     async with contextlib.AsyncExitStack() as stack:
         for listener in sockets:  # an application belongs to one of aiohttp's runners, the store to all
             server = ApiServer(store, find_log=partial(find_log, lab))
@@ -123,7 +125,9 @@ async def serve(lab: LabState, sockets: list[socket.socket], address: ApiAddress
             group.create_task(Kubelets(lab, store).run())
             group.create_task(scheduler.follow_pods())
             group.create_task(scheduler.follow_nodes())
-            group.create_task(Controllers(store).run())
+            balanced = [names.BALANCED[family] for family in lab.families]
+            group.create_task(Controllers(store, balanced=balanced).run())
+            group.create_task(Balancer(lab, store).run())
             for node in lab.nodes:
                 group.create_task(watch_node(lab, store, node))
 

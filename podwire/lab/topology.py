@@ -4,6 +4,7 @@
       ├─ control   eth0 172.31.0.2/24     API server, and etcd if there is one member
       ├─ etcd<n>   eth0 172.31.0.<2+n>/24 a member of three
       ├─ node<n>   eth0 172.31.0.1<n>/24  default route over outside, as over a router
+      ├─ balancer  eth0 172.31.0.249/24   routes 198.51.100.64/26, load balancers' addresses, to nodes (balancing.py)
       └─ outside   eth0 172.31.0.250/24   and 198.51.100.1 beyond it, for what leaves the cluster
 
 In a lab with IPv6 the same hosts are on fd00:172:31::/64, and 2001:db8:51::1 is beyond; without IPv4 they are there
@@ -41,9 +42,15 @@ def plan_hosts(state: LabState) -> tuple[Host, ...]:
     members = (Host(each.part, _host_commands([each.address])) for each in state.etcd if each.part != "control")
     routers = [str(names.outside_address(family, number)) for family in families for number in range(segments(state))]
     beyond = [f"address add {names.BEYOND_ADDRESSES[family]} dev lo" for family in families]
-    outside = Host("outside", (*_host_commands(routers, router=True), *beyond))
+    balanced = [f"route add {names.BALANCED[family]} via {names.balancer_address(family)}" for family in families]
+    outside = Host("outside", (*_host_commands(routers, router=True), *beyond, *balanced))
+    spreaders = [str(names.balancer_address(family, n)) for family in families for n in range(segments(state))]
+    # What no Service has (any more) is refused: without this it would go back to outside, round and round.
+    refused = [f"route add unreachable {names.BALANCED[family]}" for family in families]
+    back = [f"route add default via {names.outside_address(family)}" for family in families]
+    balancer = Host("balancer", (*_host_commands(spreaders, router=True), *back, *refused))
     nodes = (Host(node.name, _host_commands(node.addresses)) for node in state.nodes)
-    return (control, *members, *nodes, outside)
+    return (control, *members, *nodes, balancer, outside)
 
 
 def segments(state: LabState) -> int:
@@ -90,8 +97,8 @@ def build(state: LabState) -> None:
     for host in hosts:
         _batch(names.namespace(state.name, host.part), host.commands)
     if segments(state) > 1:
-        outside = names.namespace(state.name, "outside")
-        run(["ip", "netns", "exec", outside, "sh", "-c", _ROUTE])
+        _set(state, "outside", _ROUTE)
+    _set(state, "balancer", _ROUTE + _SPREAD)
 
 
 # A router, which tells nobody of a shorter way: all segments are on one switch, and hosts would go round it.
@@ -100,6 +107,17 @@ echo 1 >/proc/sys/net/ipv4/ip_forward
 echo 1 >/proc/sys/net/ipv6/conf/all/forwarding
 for each in all eth0; do echo 0 >/proc/sys/net/ipv4/conf/$each/send_redirects; done
 """
+
+
+# Connections are told apart by both addresses and both ports.
+_SPREAD = """\
+echo 1 >/proc/sys/net/ipv4/fib_multipath_hash_policy
+echo 1 >/proc/sys/net/ipv6/fib_multipath_hash_policy
+"""
+
+
+def _set(state: LabState, part: str, script: str) -> None:
+    run(["ip", "netns", "exec", names.namespace(state.name, part), "sh", "-c", script])
 
 
 def _batch(namespace: str, commands: Sequence[str]) -> None:

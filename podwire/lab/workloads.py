@@ -22,11 +22,11 @@ _SETTLED = ("Succeeded", "Failed")
 
 
 class Create(msgspec.Struct, frozen=True):
-    """Make this object; `owner` is who the event is about."""
+    """Make this object; `owner` is who the event is about, None where it is worth none."""
 
     kind: Kind
     obj: Object
-    owner: Object
+    owner: Object | None = None
 
 
 class Update(msgspec.Struct, frozen=True):

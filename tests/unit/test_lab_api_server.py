@@ -22,7 +22,7 @@ from podwire import manifests
 from podwire.lab.api import client as api_client
 from podwire.lab.api.client import Client
 from podwire.lab.api.errors import AlreadyExists, ApiError, Conflict, Gone, Invalid, NotFound, Unreachable
-from podwire.lab.api.kinds import CRDS, DEPLOYMENTS, NAMESPACES, NODES, PODS, REPLICA_SETS
+from podwire.lab.api.kinds import CRDS, DEPLOYMENTS, NAMESPACES, NODES, PODS, REPLICA_SETS, SERVICES
 from podwire.lab.api.kubeconfig import kubeconfig
 from podwire.lab.api.server import ApiServer
 from podwire.lab.api.store import Store
@@ -450,6 +450,8 @@ def test_every_kind_has_a_table_even_for_bare_objects() -> None:
             obj: dict[str, Any] = {"metadata": {"name": "bare"}}
             if kind is PODS:
                 obj["spec"] = {"containers": [{"name": "c"}]}
+            elif kind is SERVICES:
+                obj["spec"] = {"ports": [{"port": 80}]}
             elif kind in (DEPLOYMENTS, REPLICA_SETS):
                 template = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c"}]}}
                 obj["spec"] = {"selector": {"matchLabels": {"a": "b"}}, "template": template}

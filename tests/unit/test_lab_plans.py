@@ -127,9 +127,9 @@ def test_the_plan_gives_every_host_an_address_of_its_own_and_a_port_of_the_switc
     state = LabState(name="lab", nodes=plan_nodes(99))
     hosts = plan_hosts(state)
     addresses = [line.split()[2] for host in hosts for line in host.commands if line.endswith("dev eth0")]
-    assert len(set(addresses)) == len(hosts) == 101
+    assert len(set(addresses)) == len(hosts) == 102
     ports = [line for line in plan_underlay("lab", hosts) if "type veth" in line]
-    assert len(ports) == 101
+    assert len(ports) == 102
     assert all(f"netns pw.lab.{host.part}" in port for host, port in zip(hosts, ports, strict=True))
 
 

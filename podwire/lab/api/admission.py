@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from podwire.lab.api import selectors
 from podwire.lab.api.errors import BadRequest, Invalid
+from podwire.lab.api.fields import Object, Problem, copied, dicts, shown
 from podwire.lab.api.kinds import DEPLOYMENTS, NODES, PODS, REPLICA_SETS, SERVICES, Kind
+from podwire.lab.api.services import carry_over, default_service, service_problems
 
-Object = dict[str, Any]
-T = TypeVar("T")
+__all__ = ["Object", "copied"]  # `fields` has them; they are asked for here as well
+
 _LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 NAME_RULES: dict[str, tuple[re.Pattern[str], int, str]] = {
     "subdomain": (
@@ -40,23 +42,6 @@ _PROTOCOLS = ("TCP", "UDP", "SCTP")
 _SERVER_OWNED = ("uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "generation", "name",
                  "namespace", "resourceVersion", "generateName", "selfLink")  # fmt: skip
 _CHANGEABLE_POD_FIELDS = ("activeDeadlineSeconds", "terminationGracePeriodSeconds", "tolerations", "schedulingGates")
-
-Problem = tuple[str, str]  # field, and what is wrong with it
-
-
-def copied(value: T) -> T:
-    """A deep copy of what JSON can say; several times faster than `copy.deepcopy`."""
-    copy: T = _copied(value)
-    return copy
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value
-
 
 # --- new objects, and changed ones ------------------------------------------------------------------------------
 
@@ -89,12 +74,14 @@ def for_update(kind: Kind, current: Object, proposed: Object, subresource: str =
         metadata.pop(field, None)
         if field in current["metadata"]:
             metadata[field] = current["metadata"][field]
+    if kind is SERVICES:
+        carry_over(current, new)
     default(kind, new)
     check(kind, new)
     if kind is PODS:
         _check_pod_change(current, new)
     if kind in (DEPLOYMENTS, REPLICA_SETS) and current["spec"].get("selector") != new["spec"].get("selector"):
-        raise _invalid(kind, new, [("spec.selector", "Invalid value: field is immutable")])
+        raise invalid(kind, new, [("spec.selector", "Invalid value: field is immutable")])
     if _desired(new) != _desired(current):
         metadata["generation"] = current["metadata"].get("generation", 1) + 1
     return new
@@ -103,7 +90,7 @@ def for_update(kind: Kind, current: Object, proposed: Object, subresource: str =
 def _typed(kind: Kind, obj: Object) -> Object:
     obj["apiVersion"], obj["kind"] = kind.api_version, kind.kind
     if not isinstance(obj.get("metadata"), dict):
-        raise _invalid(kind, obj, [("metadata", "Required value: an object needs metadata with a name")])
+        raise invalid(kind, obj, [("metadata", "Required value: an object needs metadata with a name")])
     obj["metadata"].pop("managedFields", None)  # field owners are not tracked: see patch.apply_patch
     return obj
 
@@ -138,7 +125,7 @@ def merged_by(kind: Kind, obj: Object) -> None:
 
 
 def _default_ports(holder: Any) -> None:
-    for port in _dicts(holder.get("ports")):
+    for port in dicts(holder.get("ports")):
         port.setdefault("protocol", "TCP")
 
 
@@ -159,7 +146,7 @@ def _default_pod_spec(spec: Any) -> None:
     for _, container in _containers(spec):
         for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
             _default_probe(container.get(kind))
-        for port in _dicts(container.get("ports")):
+        for port in dicts(container.get("ports")):
             port.setdefault("protocol", "TCP")
             if spec.get("hostNetwork") and "containerPort" in port:
                 port.setdefault("hostPort", port["containerPort"])
@@ -203,24 +190,13 @@ def _default_deployment(deployment: Object) -> None:
             rolling.setdefault("maxUnavailable", "25%")
 
 
-def _default_service(service: Object) -> None:
-    spec = service.get("spec")
-    if not isinstance(spec, dict):
-        return
-    spec.setdefault("type", "ClusterIP")
-    for port in _dicts(spec.get("ports")):
-        port.setdefault("protocol", "TCP")
-        if "port" in port and spec["type"] != "ExternalName":
-            port.setdefault("targetPort", port["port"])
-
-
 def _default_namespace(namespace: Object) -> None:
     namespace.setdefault("status", {}).setdefault("phase", "Active")
 
 
 _DEFAULTS: dict[tuple[str, str, str], Callable[[Object], None]] = {
     PODS.key: _default_pod,
-    SERVICES.key: _default_service,
+    SERVICES.key: default_service,
     DEPLOYMENTS.key: _default_deployment,
     REPLICA_SETS.key: _default_replica_set,
     ("", "v1", "namespaces"): _default_namespace,
@@ -237,8 +213,10 @@ def check(kind: Kind, obj: Object) -> None:
         problems += _pod_problems(obj.get("spec"))
     if kind in (DEPLOYMENTS, REPLICA_SETS):
         problems += _workload_problems(obj.get("spec"))
+    if kind is SERVICES:
+        problems += service_problems(obj.get("spec"))
     if problems:
-        raise _invalid(kind, obj, problems)
+        raise invalid(kind, obj, problems)
 
 
 def _metadata_problems(kind: Kind, metadata: Mapping[str, Any]) -> Iterator[Problem]:
@@ -247,29 +225,29 @@ def _metadata_problems(kind: Kind, metadata: Mapping[str, Any]) -> Iterator[Prob
     if not name:
         yield "metadata.name", "Required value: name or generateName is required"
     elif not isinstance(name, str) or len(name) > length or not rule.fullmatch(name):
-        yield "metadata.name", f"Invalid value: {_shown(name)}: must be {right}"
+        yield "metadata.name", f"Invalid value: {shown(name)}: must be {right}"
     for field in ("labels", "annotations"):
         values = metadata.get(field)
         if values is None:
             continue
         if not isinstance(values, Mapping):
-            yield f"metadata.{field}", f"Invalid value: {_shown(values)}: must map keys to text"
+            yield f"metadata.{field}", f"Invalid value: {shown(values)}: must map keys to text"
             continue
         for key, value in values.items():
             if not _LABEL_KEY.fullmatch(key):
                 yield (
                     f"metadata.{field}",
-                    f"Invalid value: {_shown(key)}: must be a name of at most 63 characters, or prefix/name",
+                    f"Invalid value: {shown(key)}: must be a name of at most 63 characters, or prefix/name",
                 )
             if not isinstance(value, str):
                 yield (
                     f"metadata.{field}",
-                    f"Invalid value: {_shown(value)}: {key} must be text: quote numbers and booleans",
+                    f"Invalid value: {shown(value)}: {key} must be text: quote numbers and booleans",
                 )
             elif field == "labels" and not _LABEL_VALUE.fullmatch(value):
                 yield (
                     "metadata.labels",
-                    f"Invalid value: {_shown(value)}: {key} must be at most 63 of A-Za-z0-9-_., its ends alphanumeric",
+                    f"Invalid value: {shown(value)}: {key} must be at most 63 of A-Za-z0-9-_., its ends alphanumeric",
                 )
 
 
@@ -279,7 +257,7 @@ def _workload_problems(spec: Any) -> Iterator[Problem]:
         return
     for field, value in (("replicas", spec.get("replicas", 1)), ("minReadySeconds", spec.get("minReadySeconds", 0))):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            yield f"spec.{field}", f"Invalid value: {_shown(value)}: must be a number from 0 on"
+            yield f"spec.{field}", f"Invalid value: {shown(value)}: must be a number from 0 on"
     template = spec.get("template")
     if not isinstance(template, dict):
         yield "spec.template", "Required value: pods are made from a template"
@@ -289,7 +267,7 @@ def _workload_problems(spec: Any) -> Iterator[Problem]:
     inner = template.get("spec")
     policy = inner.get("restartPolicy", "Always") if isinstance(inner, dict) else "Always"
     if policy != "Always":
-        yield "spec.template.spec.restartPolicy", f'Unsupported value: {_shown(policy)}: supported values: "Always"'
+        yield "spec.template.spec.restartPolicy", f'Unsupported value: {shown(policy)}: supported values: "Always"'
     selector = spec.get("selector")
     if not isinstance(selector, dict) or not (selector.get("matchLabels") or selector.get("matchExpressions")):
         yield "spec.selector", "Required value: the pods are found by matchLabels or matchExpressions"
@@ -319,7 +297,7 @@ def _strategy_problems(strategy: Any) -> Iterator[Problem]:
             isinstance(value, str) and _PERCENT.fullmatch(value)
         ):
             at = f"spec.strategy.rollingUpdate.{field}"
-            yield at, f"Invalid value: {_shown(value)}: must be a number from 0 on, or a percentage such as 25%"
+            yield at, f"Invalid value: {shown(value)}: must be a number from 0 on, or a percentage such as 25%"
 
 
 def _pod_problems(spec: Any) -> Iterator[Problem]:
@@ -335,21 +313,21 @@ def _pod_problems(spec: Any) -> Iterator[Problem]:
         if not name:
             yield f"{where}.name", "Required value: a container needs a name"
         elif not isinstance(name, str) or len(name) > length or not rule.fullmatch(name):
-            yield f"{where}.name", f"Invalid value: {_shown(name)}: must be {right}"
+            yield f"{where}.name", f"Invalid value: {shown(name)}: must be {right}"
         elif name in names:
-            yield f"{where}.name", f"Duplicate value: {_shown(name)}: containers of a pod need names of their own"
+            yield f"{where}.name", f"Duplicate value: {shown(name)}: containers of a pod need names of their own"
         else:
             names.add(name)
         yield from _port_problems(where, container)
     if spec.get("restartPolicy", "Always") not in ("Always", "OnFailure", "Never"):
         yield (
             "spec.restartPolicy",
-            f'Unsupported value: {_shown(spec["restartPolicy"])}: supported values: "Always", "OnFailure", "Never"',
+            f'Unsupported value: {shown(spec["restartPolicy"])}: supported values: "Always", "OnFailure", "Never"',
         )
 
 
 def _port_problems(where: str, container: Mapping[str, Any]) -> Iterator[Problem]:
-    for number, port in enumerate(_dicts(container.get("ports"))):
+    for number, port in enumerate(dicts(container.get("ports"))):
         at = f"{where}.ports[{number}]"
         if "containerPort" not in port:
             yield f"{at}.containerPort", "Required value: a port needs a number from 1 to 65535"
@@ -358,12 +336,12 @@ def _port_problems(where: str, container: Mapping[str, Any]) -> Iterator[Problem
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 65535:
                 yield (
                     f"{at}.{field}",
-                    f"Invalid value: {_shown(value)}: must be a number between 1 and 65535, inclusive",
+                    f"Invalid value: {shown(value)}: must be a number between 1 and 65535, inclusive",
                 )
         if port.get("protocol", "TCP") not in _PROTOCOLS:
             yield (
                 f"{at}.protocol",
-                f'Unsupported value: {_shown(port["protocol"])}: supported values: "TCP", "UDP", "SCTP"',
+                f'Unsupported value: {shown(port["protocol"])}: supported values: "TCP", "UDP", "SCTP"',
             )
 
 
@@ -371,7 +349,7 @@ def _check_pod_change(current: Object, new: Object) -> None:
     before, after = _fixed_pod_fields(current["spec"]), _fixed_pod_fields(new["spec"])
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     if changed:
-        raise _invalid(PODS, new, [
+        raise invalid(PODS, new, [
             (f"spec.{key}", "Forbidden: a pod's spec cannot change but for container images, tolerations, "
              "activeDeadlineSeconds and terminationGracePeriodSeconds: delete the pod and create it anew")
             for key in changed
@@ -382,26 +360,19 @@ def _fixed_pod_fields(spec: Object) -> Object:
     fixed = {key: value for key, value in spec.items() if key not in _CHANGEABLE_POD_FIELDS}
     for field in ("containers", "initContainers"):
         if isinstance(spec.get(field), list):
-            fixed[field] = [{k: v for k, v in one.items() if k != "image"} for one in _dicts(spec[field])]
+            fixed[field] = [{k: v for k, v in one.items() if k != "image"} for one in dicts(spec[field])]
     return fixed
 
 
 def _containers(spec: Mapping[str, Any]) -> Iterator[tuple[str, Object]]:
     """Each container with its path in the pod."""
     for field in ("initContainers", "containers"):
-        for number, container in enumerate(_dicts(spec.get(field))):
+        for number, container in enumerate(dicts(spec.get(field))):
             yield f"spec.{field}[{number}]", container
 
 
-def _dicts(value: Any) -> list[Object]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
-
-
-def _shown(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-def _invalid(kind: Kind, obj: Object, problems: list[Problem]) -> Invalid:
+def invalid(kind: Kind, obj: Object, problems: list[Problem]) -> Invalid:
+    """The error that says what is wrong with an object."""
     metadata = obj.get("metadata")
     name = metadata.get("name", "") if isinstance(metadata, dict) else ""
     said = [f"{field}: {what}" for field, what in problems]

@@ -62,13 +62,14 @@ PODS = Kind(
             "status.phase", "status.podIP"),
 )  # fmt: skip
 SERVICES = Kind(
-    kind="Service", plural="services", short=("svc",), status=True, stored_only=True, name_rule="service",
+    kind="Service", plural="services", short=("svc",), status=True, name_rule="service",
     fields=("spec.clusterIP", "spec.type"),
 )  # fmt: skip
-ENDPOINT_SLICES = Kind(group="discovery.k8s.io", kind="EndpointSlice", plural="endpointslices", stored_only=True)
-NETWORK_POLICIES = Kind(
-    group="networking.k8s.io", kind="NetworkPolicy", plural="networkpolicies", short=("netpol",), stored_only=True
-)
+ENDPOINT_SLICES = Kind(group="discovery.k8s.io", kind="EndpointSlice", plural="endpointslices")
+NETWORK_POLICIES = Kind(group="networking.k8s.io", kind="NetworkPolicy", plural="networkpolicies", short=("netpol",))
+SERVICE_CIDRS = Kind(
+    group="networking.k8s.io", kind="ServiceCIDR", plural="servicecidrs", namespaced=False, status=True
+)  # fmt: skip
 CRDS = Kind(
     group="apiextensions.k8s.io", kind="CustomResourceDefinition", plural="customresourcedefinitions",
     namespaced=False, short=("crd",), status=True,
@@ -122,10 +123,7 @@ BUILTIN: tuple[Kind, ...] = (
     Kind(
         group="networking.k8s.io", kind="IngressClass", plural="ingressclasses", namespaced=False, stored_only=True
     ),
-    Kind(
-        group="networking.k8s.io", kind="ServiceCIDR", plural="servicecidrs", namespaced=False, status=True,
-        stored_only=True,
-    ),
+    SERVICE_CIDRS,
     Kind(
         group="policy", kind="PodDisruptionBudget", plural="poddisruptionbudgets", short=("pdb",), status=True,
         stored_only=True,

@@ -22,10 +22,10 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from podwire.lab.api import admission, patch
+from podwire.lab.api import admission, patch, service_addresses
 from podwire.lab.api.admission import Object, copied
 from podwire.lab.api.errors import AlreadyExists, BadRequest, Conflict, Forbidden, Gone, NotFound
-from podwire.lab.api.kinds import NAMESPACES, PODS, Kind, Registry
+from podwire.lab.api.kinds import NAMESPACES, PODS, SERVICE_CIDRS, SERVICES, Kind, Registry
 from podwire.lab.api.log import ChangeLog, EventType
 from podwire.lab.api.selectors import EVERYTHING, Selector
 from podwire.lab.api.watch import Event, View, bookmark, follow
@@ -160,6 +160,7 @@ class Store:
             raise AlreadyExists(
                 f'{kind.resource} "{metadata["name"]}" already exists', _details(kind, metadata["name"])
             )
+        self._assign_addresses(kind, None, new)
         metadata["uid"] = self._new_uid()
         metadata["creationTimestamp"] = self._now()
         return self._commit(kind, None, new, dry_run)
@@ -176,6 +177,8 @@ class Store:
         current = self._require(kind, metadata["name"], namespace)
         self._check_same(kind, current, metadata.get("resourceVersion"), metadata.get("uid"))
         new = admission.for_update(kind, current, obj, subresource)
+        if not subresource:
+            self._assign_addresses(kind, current, new)
         return self._commit(kind, current, new, dry_run)
 
     def modify(
@@ -342,6 +345,18 @@ class Store:
         if namespace:
             self._finish_namespace(namespace)
         return last
+
+    def _assign_addresses(self, kind: Kind, current: Object | None, new: Object) -> None:
+        """Gives a Service what it gets of the cluster's ServiceCIDRs, and its ports. Raises Invalid."""
+        if kind is not SERVICES:
+            return
+        own = (new["metadata"]["namespace"], new["metadata"]["name"])
+        others = (other for key, other in self._objects.get(SERVICES.key, {}).items() if key != own)
+        networks = service_addresses.networks_of(self._objects.get(SERVICE_CIDRS.key, {}).values())
+        try:
+            service_addresses.assign(new, current, others, networks)
+        except service_addresses.Refused as refused:
+            raise admission.invalid(kind, new, [refused.problem]) from refused
 
     def _named(self, kind: Kind, obj: Object) -> Object:
         metadata = obj.get("metadata")
