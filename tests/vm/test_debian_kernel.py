@@ -187,7 +187,7 @@ def test_services_lead_to_their_endpoints(answers: dict[str, str], name: str, ex
 
 
 def test_the_node_reaches_services_too(answers: dict[str, str]) -> None:
-    assert answers["from the node"] == "10.50.0.1"
+    assert answers["from the node"] == "10.50.1.1"
 
 
 POLICIES = {
