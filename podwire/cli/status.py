@@ -1,4 +1,4 @@
-"""`podwire status`: what the daemon of this node says about itself, over its socket."""
+"""`podwire status`: what the daemon of this node says about itself, over its socket, and the proxy over HTTP."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import datetime
 import json
 from pathlib import Path
 
+import msgspec
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
 
 from podwire.cli.agent import add_output, add_socket, agent
+from podwire.cli.proxy import ProxyState, add_proxy, ask_proxy
 from podwire.v1 import agent_pb2
 
 _SECONDS = 5.0
@@ -21,20 +23,23 @@ _REPAIRS = 5  # of those that -o json has
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
     add_socket(parser)
+    add_proxy(parser)
     add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the status. Returns 0 when an ADD can succeed now, 1 otherwise. Raises TryAgain without a daemon."""
     status, attachments = _ask(arguments.socket)
+    proxy = ask_proxy(arguments.proxy_metrics, arguments.proxy_health)
     if arguments.output == "json":
         plain = {
             "status": MessageToDict(status, always_print_fields_with_no_presence=True),
             "attachments": [MessageToDict(each) for each in attachments],
+            "proxy": msgspec.to_builtins(proxy),
         }
         print(json.dumps(plain, indent=2))
     else:
-        _print(status, attachments)
+        _print(status, attachments, proxy)
     return 0 if status.ready else 1
 
 
@@ -45,13 +50,14 @@ def _ask(socket: Path) -> tuple[agent_pb2.GetStatusResponse, list[agent_pb2.Atta
     return status, list(listed.attachments)
 
 
-def _print(status: agent_pb2.GetStatusResponse, attachments: list[agent_pb2.Attachment]) -> None:
+def _print(status: agent_pb2.GetStatusResponse, attachments: list[agent_pb2.Attachment], proxy: ProxyState) -> None:
     console = Console()
     state = "ready" if status.ready else "not ready: " + "; ".join(status.reasons)
     etcd = "connected" if status.etcd.connected else f"not connected: {status.etcd.error}"
     console.print(f"{status.node} ({', '.join(status.addresses)}), podwire {status.version}: {state}", highlight=False)
     console.print(f"etcd {etcd}; {status.peers} peers, by {status.backend}; pods get MTU {status.mtu}", highlight=False)
     console.print(f"{status.waiting_dels} DELs wait; {status.releasing_wires} wires are being deleted", highlight=False)
+    console.print(_proxy(proxy), highlight=False, markup=False, soft_wrap=True)
     if status.obstacle:
         console.print(f"no further block: {status.obstacle}", highlight=False, markup=False)
     for note in status.notes:
@@ -74,3 +80,10 @@ def _print(status: agent_pb2.GetStatusResponse, attachments: list[agent_pb2.Atta
     for repair in status.repairs[-_REPAIRS:]:
         moment = datetime.datetime.fromtimestamp(repair.at, datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
         console.print(f"repaired {moment} {repair.detail}", highlight=False, markup=False)
+
+
+def _proxy(proxy: ProxyState) -> str:
+    if not proxy.answers:
+        return f"{proxy.problem}: {proxy.policies}"
+    health = "up to date" if proxy.healthy else f"not up to date: {proxy.problem or 'it does not say why'}"
+    return f"proxy {proxy.mode}: {health}; {proxy.policies}"
