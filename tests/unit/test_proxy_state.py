@@ -31,7 +31,7 @@ def serving(pages: dict[str, tuple[int, bytes]]) -> Iterator[str]:
     """A server on loopback with these pages; its address and port."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 - the library's name
+        def do_GET(self) -> None:
             code, body = pages.get(self.path, (404, b"no such page"))
             self.send_response(code)
             self.end_headers()
