@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from kube_proxy_lite.model import Address, Network, Protocol
+from kube_proxy_lite.model import Network, Protocol
 from kube_proxy_lite.policy.membership import Fact, Value
 from kube_proxy_lite.policy.model import (
     LAST_PORT,
@@ -39,22 +39,19 @@ from kube_proxy_lite.policy.model import (
     ClassRule,
     Direction,
     Member,
-    PodSet,
     PolicyClass,
     PortedPodSet,
     PortRange,
     SetKey,
-    digest,
 )
 from kube_proxy_lite.render.nftables_listing import TableListing
+from kube_proxy_lite.render.policy_sets import VERSIONS, PolicySets, Touched, class_name, port_ranges, set_name
 
 TABLE = "inet podwire_policy"
-VERSIONS = (4, 6)
 LIMIT = 5000
 """Elements in one transaction, where a change is too large for one."""
 _ADDRESS = {4: "ipv4_addr", 6: "ipv6_addr"}
 _IP = {4: "ip", 6: "ip6"}
-_PREFIX = {Direction.INGRESS: "in", Direction.EGRESS: "eg"}
 _PEER = {Direction.INGRESS: "saddr", Direction.EGRESS: "daddr"}
 _SELF = {Direction.INGRESS: "daddr", Direction.EGRESS: "saddr"}
 _NEIGHBOURS = (
@@ -62,9 +59,6 @@ _NEIGHBOURS = (
     " mld-listener-report, mld-listener-done, mld2-listener-report } accept"
 )
 _SHAPE = "shape"
-
-Elements = dict[str, str]
-"""Key → value as nft writes them; the value of a set's is empty."""
 
 
 class Definition(msgspec.Struct, frozen=True):
@@ -115,15 +109,24 @@ def _base_rules(way: Direction) -> Iterator[str]:
 # --- what policies make ---------------------------------------------------------------------------------------------
 
 
-def chain_name(found: PolicyClass) -> str:
-    """`in_` or `eg_` and the digest of the class."""
-    return f"{_PREFIX[found.direction]}_{digest(found)}"
+class Words:
+    """Sets as nft writes them (policy_sets.Words)."""
 
+    def always(self) -> Mapping[str, Definition]:
+        """See policy_sets.Words."""
+        return static().sets
 
-def set_name(key: SetKey, version: int) -> str:
-    """`p_`, `n_` (with ports) or `b_` (blocks), the digest, and the family."""
-    letter = "p" if isinstance(key, PodSet) else "n" if isinstance(key, PortedPodSet) else "b"
-    return f"{letter}_{digest(key)}_{version}"
+    def declare(self, key: SetKey, version: int) -> Definition:
+        """See policy_sets.Words."""
+        return definition(key, version)
+
+    def member(self, key: SetKey, member: Member) -> str:  # noqa: ARG002
+        """See policy_sets.Words."""
+        return f"{member[0]} . {member[1]}" if isinstance(member, tuple) else str(member)
+
+    def network(self, network: Network) -> tuple[str, ...]:
+        """See policy_sets.Words; nft writes a single address without its length."""
+        return (str(network.network_address) if network.num_addresses == 1 else str(network),)
 
 
 def definition(key: SetKey, version: int) -> Definition:
@@ -156,33 +159,12 @@ def _rule(way: Direction, rule: ClassRule) -> Iterator[str]:
 def _ports(ports: tuple[PortRange, ...]) -> Iterator[str]:
     """A match a protocol."""
     for protocol in Protocol:
-        ranges = _merged([(each.first, each.last) for each in ports if each.protocol is protocol])
+        ranges = port_ranges(ports, protocol)
         if ranges and ranges[0] == (0, LAST_PORT):
             yield f"meta l4proto {protocol.value.lower()}"
         elif ranges:
             listed = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
             yield f"{protocol.value.lower()} dport " + (f"{{ {listed} }}" if "," in listed else listed)
-
-
-def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same ports, in ranges that neither overlap nor touch."""
-    merged: list[tuple[int, int]] = []
-    for first, last in sorted(ranges):
-        if merged and first <= merged[-1][1] + 1:
-            merged[-1] = merged[-1][0], max(merged[-1][1], last)
-        else:
-            merged.append((first, last))
-    return merged
-
-
-def element(member: Member) -> str:
-    """A member of a set, as nft writes it."""
-    return f"{member[0]} . {member[1]}" if isinstance(member, tuple) else str(member)
-
-
-def network_element(network: Network) -> str:
-    """A network; nft writes a single address without its length."""
-    return str(network.network_address) if network.num_addresses == 1 else str(network)
 
 
 # --- state and difference -------------------------------------------------------------------------------------------
@@ -194,87 +176,35 @@ class PolicyRenderer:
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit = limit
         self._static = static()
-        self._defined: dict[str, Definition] = dict(self._static.sets)
-        self._sets: dict[str, Elements] = {name: {} for name in self._static.sets}
+        self._state = PolicySets[Definition](Words())
         self._chains: dict[str, tuple[str, ...]] = {}
         self._there: TableListing | None = None
-        self._blocks: frozenset[Network] = frozenset()
 
     def update(self, facts: Mapping[Fact, Value], local_blocks: frozenset[Network]) -> tuple[str, ...]:
         """Takes facts in. `local_blocks` are the networks in which an address that nobody knows is closed: the node's
         own, or none while there is no policy."""
-        touched: dict[str, dict[str, None]] = {}
-        for fact, value in facts.items():
-            self._take(fact, value, touched)
-        self._take_blocks(local_blocks, touched)
-        return self._scripts(touched) if self._there is not None else ()
+        touched = self._state.take(facts, local_blocks)
+        self._dispatch(touched)
+        for name, found in touched.classes.items():
+            if name in self._state.classes:
+                self._chains[name] = class_rules(found)
+            else:
+                self._chains.pop(name, None)
+        return self._scripts({**touched.sets, **dict.fromkeys(touched.classes, ())}) if self._there is not None else ()
 
     def resync(self, listing: TableListing | None) -> tuple[str, ...]:
         """Takes `listing` for what the kernel has; nothing is returned when that is what should be."""
         self._there = listing or TableListing()
-        wanted = self._sets.keys() | self._there.sets.keys() | self._chains.keys() | self._there.chains.keys()
-        everything = {
-            name: dict.fromkeys((*self._sets.get(name, ()), *self._there.sets.get(name, ()))) for name in wanted
-        }
+        sets = self._state.elements
+        wanted = sets.keys() | self._there.sets.keys() | self._chains.keys() | self._there.chains.keys()
+        everything = {name: dict.fromkeys((*sets.get(name, ()), *self._there.sets.get(name, ()))) for name in wanted}
         return self._scripts(everything, self._render_static())
 
-    # --- facts
-
-    def _take(self, fact: Fact, value: Value, touched: dict[str, dict[str, None]]) -> None:
-        if isinstance(fact, PolicyClass):
-            name = chain_name(fact)
-            touched.setdefault(name, {})
-            if value:
-                self._chains[name] = class_rules(fact)
-            else:
-                self._chains.pop(name, None)
-        elif isinstance(fact, PodSet | PortedPodSet | BlockSet):
-            self._take_set(fact, bool(value), touched)
-        elif not isinstance(fact, tuple):
-            self._put(f"known{fact.version}", str(fact), "" if value else None, touched)
-        elif isinstance(fact[0], Direction):
-            self._take_dispatch(fact[0], fact[1], value, touched)
-        else:
-            key, member = fact
-            name = set_name(key, _version(member))
-            if name in self._sets:
-                self._put(name, element(member), "" if value else None, touched)
-
-    def _take_set(self, key: SetKey, there: bool, touched: dict[str, dict[str, None]]) -> None:
-        for version in VERSIONS:
-            name = set_name(key, version)
-            touched.setdefault(name, {})
-            if not there:
-                self._sets.pop(name, None)
-                self._defined.pop(name, None)
-                continue
-            self._defined[name] = definition(key, version)
-            self._sets.setdefault(name, {})
-            for network in key.networks if isinstance(key, BlockSet) else ():
-                if network.version == version:
-                    self._put(name, network_element(network), "", touched)
-
-    def _take_dispatch(
-        self, way: Direction, address: Address, value: Value, touched: dict[str, dict[str, None]]
-    ) -> None:
-        text = str(address)
-        target = f"goto {chain_name(value)}" if isinstance(value, PolicyClass) else None
-        self._put(f"{way.value}{address.version}", text, target, touched)
-        isolated = any(text in self._sets[f"{each.value}{address.version}"] for each in Direction)
-        self._put(f"isolated{address.version}", text, "" if isolated else None, touched)
-
-    def _take_blocks(self, blocks: frozenset[Network], touched: dict[str, dict[str, None]]) -> None:
-        for network in blocks ^ self._blocks:
-            name = f"local{network.version}"
-            self._put(name, network_element(network), "" if network in blocks else None, touched)
-        self._blocks = blocks
-
-    def _put(self, name: str, key: str, value: str | None, touched: dict[str, dict[str, None]]) -> None:
-        touched.setdefault(name, {})[key] = None
-        if value is None:
-            self._sets[name].pop(key, None)
-        else:
-            self._sets[name][key] = value
+    def _dispatch(self, touched: Touched) -> None:
+        for way, address in touched.addresses:
+            found = self._state.class_of[way].get(address)
+            target = f"goto {class_name(found)}" if found else None
+            self._state.put(f"{way.value}{address.version}", str(address), target, touched)
 
     # --- scripts
 
@@ -283,7 +213,7 @@ class PolicyRenderer:
         there = self._there
         assert there is not None
         for name, keys in touched.items():
-            if name in self._defined:
+            if name in self._state.declared:
                 self._diff_set(name, keys, there, change)
             elif name in self._chains:
                 self._diff_chain(name, there, change)
@@ -297,9 +227,9 @@ class PolicyRenderer:
         return change.scripts(self._limit)
 
     def _diff_set(self, name: str, keys: Iterable[str], there: TableListing, change: _Change) -> None:
-        wanted = self._sets[name]
+        wanted = self._state.elements[name]
         if name not in there.sets:
-            made = self._defined[name]
+            made = self._state.declared[name]
             change.sets.append(f"add {made.kind} {TABLE} {name} {{ {made.body} }}")
             there.sets[name] = {}
         have = there.sets[name]
@@ -411,7 +341,3 @@ def _elements(verb: str, elements: Mapping[str, list[str]]) -> list[str]:
 
 def _kind(name: str) -> str:
     return "map" if name.startswith(("egress", "ingress")) else "set"
-
-
-def _version(member: Member) -> int:
-    return member[0].version if isinstance(member, tuple) else member.version
