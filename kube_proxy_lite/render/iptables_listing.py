@@ -13,7 +13,7 @@ says that the rules are ours and not a running kube-proxy's.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -35,7 +35,7 @@ _SHARED = {
 }
 _OWN = re.compile(r"KUBE-(?:SVC|SVL|EXT|FW|SEP|SPLIT|IP|PORT|XLB)-[A-Z2-7]{16}")
 _DECLARED = re.compile(r":(\S+) (\S+)")
-_TARGET = re.compile(r" -[jg] (KUBE-\S+)")
+_TARGET = re.compile(r" -[jg] (\S+)")
 _SAME = tuple(
     (re.compile(pattern), into)
     for pattern, into in (
@@ -73,8 +73,10 @@ def is_own(table: str, chain: str) -> bool:
     return chain in _SHARED.get(table, ()) or _OWN.fullmatch(chain) is not None
 
 
-def parse(text: str) -> Listing:
-    """The output of iptables-save, of one table or several."""
+def parse(text: str, own: Callable[[str, str], bool] = is_own, prefix: str = "KUBE-") -> Listing:
+    """The output of iptables-save, of one table or several. `own` says of (table, chain) whether it is ours; the names
+    of ours begin with `prefix`."""
+    ours = f" {prefix}"
     listing = Listing()
     found: dict[Chain, list[str]] = {}
     kernels: set[str] = set()
@@ -85,13 +87,13 @@ def parse(text: str) -> Listing:
             rules = found.get((table, name))
             if rules is not None:
                 rules.append(rule)
-            elif " KUBE-" in rule:
-                _note_foreign(listing, table, name, rule, name in kernels)
+            elif ours in rule and (target := _target(rule)) and own(table, target):
+                _note_foreign(listing, table, name, rule, target, name in kernels)
         elif line.startswith(":"):
             declared = _DECLARED.match(line)
             if declared and declared[2] != "-":
                 kernels.add(declared[1])
-            elif declared and is_own(table, declared[1]):
+            elif declared and own(table, declared[1]):
                 found[table, declared[1]] = []
         elif line.startswith("*"):
             table, kernels = line[1:], set()
@@ -99,14 +101,16 @@ def parse(text: str) -> Listing:
     return listing
 
 
-def _note_foreign(listing: Listing, table: str, name: str, rule: str, is_kernels: bool) -> None:
-    target = _TARGET.search(f" {rule}")
-    if target is None or not is_own(table, target[1]):
-        return
+def _target(rule: str) -> str:
+    found = _TARGET.search(f" {rule}")
+    return found[1] if found else ""
+
+
+def _note_foreign(listing: Listing, table: str, name: str, rule: str, target: str, is_kernels: bool) -> None:
     if is_kernels:
         listing.jumps[table, name] = (*listing.jumps.get((table, name), ()), rule)
     else:
-        listing.held.add((table, target[1]))
+        listing.held.add((table, target))
 
 
 def is_same(one: Sequence[str], other: Sequence[str]) -> bool:

@@ -24,6 +24,9 @@ from kube_proxy_lite.render.iptables_tree import Rules
 LIMIT = 1500
 """Lines in one transaction."""
 TABLES = ("nat", "filter")
+"""Those that Services are in."""
+ORDER = (*TABLES, "mangle")
+"""In which order tables are written; policies are in mangle."""
 
 
 class Transaction(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,12 +35,13 @@ class Transaction(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     nat: tuple[str, ...] = ()
     filter: tuple[str, ...] = ()
+    mangle: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """What iptables-restore --noflush is given."""
         parts = []
-        for table, lines in (("nat", self.nat), ("filter", self.filter)):
+        for table, lines in zip(ORDER, (self.nat, self.filter, self.mangle), strict=True):
             if lines:
                 parts += [f"*{table}", *lines, "COMMIT\n"]
         return "\n".join(parts).replace("COMMIT\n\n", "COMMIT\n")
@@ -45,7 +49,7 @@ class Transaction(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def lines(self) -> int:
         """How many there are."""
-        return len(self.nat) + len(self.filter)
+        return len(self.nat) + len(self.filter) + len(self.mangle)
 
 
 def joined(transactions: Iterable[Transaction]) -> Transaction | None:
@@ -57,6 +61,7 @@ def joined(transactions: Iterable[Transaction]) -> Transaction | None:
         version=every[0].version,
         nat=tuple(line for each in every for line in each.nat),
         filter=tuple(line for each in every for line in each.filter),
+        mangle=tuple(line for each in every for line in each.mangle),
     )
 
 
@@ -80,7 +85,7 @@ class Batch:
         return (whole,) if whole and whole.lines <= limit else tuple(pieces)
 
     def _pieces(self, limit: int) -> Iterator[Transaction]:
-        for table in TABLES:
+        for table in ORDER:
             declared: list[str] = []
             rules: list[str] = []
             for (of, name), lines in self.written.items():
@@ -96,11 +101,11 @@ class Batch:
                 yield self._made(table, [*declared, *rules])
 
     def _removals(self, limit: int) -> Iterator[Transaction]:
-        for table in TABLES:
+        for table in ORDER:
             names = [name for of, name in (*self.emptied, *self.removed) if of == table]
             for start in range(0, len(names), limit):
                 yield self._made(table, [f":{name} - [0:0]" for name in names[start : start + limit]])
-        for table in TABLES:
+        for table in ORDER:
             names = [name for of, name in self.removed if of == table]
             for start in range(0, len(names), limit):
                 yield self._made(table, [f"-X {name}" for name in names[start : start + limit]])
