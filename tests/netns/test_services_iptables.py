@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,6 +177,17 @@ def test_a_client_stays_with_its_backend_until_that_is_gone(stage: Stage, mode: 
         mode.change(plan(f"v{version}", left, number=1, version=version, affinity=600))
         (second,) = servers(stage, stage.client, to)
         assert second != first
+
+
+def test_a_client_that_stays_away_is_forgotten(stage: Stage, nft: Mode) -> None:
+    nft.start(plan(cluster=(LOCAL, LOCAL_2, REMOTE, REMOTE_2), affinity=1))
+    seen: set[str] = set()
+    for _ in range(30):  # once in 10^18 times the dice fall alike
+        seen |= servers(stage, stage.client, "10.96.0.1", times=1)
+        if len(seen) > 1:
+            break
+        time.sleep(1.1)
+    assert len(seen) > 1
 
 
 # --- What the kernel has ------------------------------------------------------------------------------------------

@@ -259,6 +259,14 @@ def test_a_restart_sends_nothing() -> None:
     assert Node(*WHOLE, kernel=node.kernel).sent == ()
 
 
+def test_a_start_that_was_cut_off_is_taken_up() -> None:
+    whole = Node(*WHOLE, limit=20)
+    for done in range(len(whole.sent)):
+        kernel = FakeIptables()
+        kernel.commit(Node(*WHOLE, limit=20).sent[:done])
+        assert Node(*WHOLE, kernel=kernel).kernel.tables == whole.kernel.tables
+
+
 def as_others_print(rule: str) -> str:
     """As an older or a newer iptables prints it."""
     rule = re.sub(r'-m comment --comment "([\w-]+)"', r"-m comment --comment \1", rule)

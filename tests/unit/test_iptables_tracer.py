@@ -12,6 +12,7 @@ from kube_proxy_lite.model import Frontend, FrontendKind, PortPlan, Protocol, Se
 from kube_proxy_lite.render.iptables import IptablesRenderer
 from kube_proxy_lite.render.iptables_chains import BadInterface, Names
 from kube_proxy_lite.render.iptables_tracer import chances, trace
+from kube_proxy_lite.render.iptables_tree import AddressTree
 from kube_proxy_lite.render.nftables_elements import endpoint_text
 from kube_proxy_lite.render.nftables_tracer import Outcome, Packet, UnknownRule
 from tests.unit.service_cases import (
@@ -247,6 +248,16 @@ def test_no_packet_walks_a_list_as_long_as_the_cluster() -> None:
     longest = max(len(rules) for rules in fake.tables[4]["nat"].values())
     assert longest <= 17
     assert len(fake.tables[4]["nat"]["KUBE-SERVICES"]) == 2
+
+
+def test_a_change_looks_at_its_own_paths_through_the_trees() -> None:
+    tree = AddressTree("test", 4)
+    for number in range(5000):
+        tree.set(int(address("10.96.0.0")) + number * 37, Protocol.TCP, 80, ("a comment", "-j RETURN"))
+    assert len(tree.chains()) > 600
+    for number in (0, 2500, 4999):
+        assert len(tree.chains({int(address("10.96.0.0")) + number * 37})) < 50
+    assert len(tree.chains(set())) == 1
 
 
 def test_who_is_remembered_goes_back() -> None:
