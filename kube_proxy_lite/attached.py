@@ -66,6 +66,7 @@ class AttachedPods:
         self._synced = synced
         self._settled: list[int] = []
         self._news = asyncio.Event()
+        self._turn = 0  # which connection it is
         self.connected = False
 
     def settle(self, numbers: Iterable[int]) -> None:
@@ -84,7 +85,8 @@ class AttachedPods:
             try:
                 async with grpc.aio.insecure_channel(f"unix:{self._socket}") as channel:
                     stub = policy_pb2_grpc.PolicyStub(channel)  # type: ignore[no-untyped-call]
-                    async for message in stub.WatchPods(self._requests()):
+                    self._turn += 1
+                    async for message in stub.WatchPods(self._requests(self._turn)):
                         if not self.connected:
                             self.connected, said = True, ""
                             pauses.reset()
@@ -98,8 +100,9 @@ class AttachedPods:
             self.connected = False
             await asyncio.sleep(pauses.next())
 
-    async def _requests(self) -> AsyncIterator[policy_pb2.WatchPodsRequest]:
-        while True:
+    async def _requests(self, turn: int) -> AsyncIterator[policy_pb2.WatchPodsRequest]:
+        """What is said on one connection. gRPC goes on asking for it after its end: then nothing must be taken."""
+        while turn == self._turn:
             settled, self._settled = self._settled, []
             yield policy_pb2.WatchPodsRequest(synced=self._synced(), settled=settled)
             await self._news.wait()

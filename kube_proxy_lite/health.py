@@ -1,15 +1,15 @@
-"""What others ask the proxy over HTTP: is it alive, does it keep up, and how many endpoints has a Service here.
+"""What others ask the proxy over HTTP: is it alive, does it keep up, what are its numbers.
 
 `/livez` answers 200 while the event loop turns. `/healthz` 200 while what was asked for is done in time, and 503, with
 the reason, when the oldest change waits for longer than `late` seconds, nothing has been brought to the kernel yet, or
 the node is about to go: deleted, or tainted by the cluster autoscaler, so that load balancers stop sending here while
 connections drain. The body is JSON with the times, as kube-proxy's is.
 
-A Service of type LoadBalancer with the policy Local has a node port that a balancer asks which nodes have endpoints:
-200 with their number where there are some and the proxy keeps up, 503 otherwise. One server a Service that asks for
-one, on all addresses; a port that another program has is reported and tried again.
+Ports are shared with whoever else of the same user asks for sharing (SO_REUSEPORT), so that during an upgrade the new
+process answers beside the old one, and no check meets a closed port. One that another program has is reported, and
+tried again: that Services work is worth more than that somebody is told so.
 
-Source: Kubernetes v1.36 documentation, "Create an External Load Balancer", and kube-proxy's behaviour.
+Source: kube-proxy v1.36's behaviour.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from kube_proxy_lite.model import Health
 from podwire.kube.objects import Node
 
 DELETION_TAINT = "ToBeDeletedByClusterAutoscaler"
-_RETRY_SECONDS = 5.0
-Key = tuple[str, str]
+RETRY_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +60,19 @@ class Keeping:
         return f"a change has been waiting for {waited:.0f} s" if waited > self._late else ""
 
 
-def make_app(keeping: Keeping) -> web.Application:
-    """`/healthz` and `/livez`."""
+def make_app(keeping: Keeping, answered: Callable[[str, int], None]) -> web.Application:
+    """`/healthz` and `/livez`. `answered` is told the page and the status of each answer."""
 
     async def healthz(_: web.Request) -> web.Response:
-        return _state(keeping, keeping.unhealthy() or keeping.node_leaves)
+        return state("healthz", keeping.unhealthy() or keeping.node_leaves)
 
     async def livez(_: web.Request) -> web.Response:
-        return _state(keeping, "")
+        return state("livez", "")
+
+    def state(page: str, wrong: str) -> web.Response:
+        answer = _state(keeping, wrong)
+        answered(page, answer.status)
+        return answer
 
     app = web.Application()
     app.add_routes([web.get("/healthz", healthz), web.get("/livez", livez)])
@@ -92,12 +95,37 @@ def make_metrics_app(registry: CollectorRegistry, refresh: Callable[[], None], m
 
 
 async def serve(app: web.Application, listen: str) -> web.AppRunner:
-    """Serves `app` on `listen` ("address:port") until the runner is cleaned up. Raises OSError when it cannot."""
-    runner = web.AppRunner(app, access_log=None)
+    """Serves `app` on `listen` ("address:port", all addresses without one) until the runner is cleaned up.
+
+    Raises OSError when it cannot.
+    """
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     host, _, port = listen.rpartition(":")
-    await web.TCPSite(runner, host.strip("[]") or None, int(port)).start()
+    try:
+        await web.TCPSite(runner, host.strip("[]") or None, int(port), reuse_port=True).start()
+    except OSError:
+        await runner.cleanup()
+        raise
     return runner
+
+
+async def serve_forever(app: Callable[[], web.Application], listen: str, what: str) -> None:
+    """Serves what `app` makes until cancelled; as soon as the port can be had."""
+    said = ""
+    while True:
+        try:
+            runner = await serve(app(), listen)
+            break
+        except OSError as error:
+            if str(error) != said:
+                log.warning("%s cannot be served on %s, trying again: %s", what, listen, error.strerror or error)
+            said = str(error)
+            await asyncio.sleep(RETRY_SECONDS)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
 
 
 def _state(keeping: Keeping, wrong: str) -> web.Response:
@@ -109,71 +137,3 @@ def _state(keeping: Keeping, wrong: str) -> web.Response:
         "reason": wrong,
     }
     return web.json_response(body, status=503 if wrong else 200)
-
-
-class ServiceHealth:
-    """The health node ports of Services."""
-
-    def __init__(self, keeping: Keeping) -> None:
-        self._keeping = keeping
-        self._wanted: dict[Key, Health] = {}
-        self._runners: dict[int, tuple[Key, web.AppRunner]] = {}
-        self._changed = asyncio.Event()
-
-    def take(self, changed: Mapping[Key, Health | None]) -> None:
-        """These Services' health checks are others than before."""
-        for key, health in changed.items():
-            if health is None:
-                self._wanted.pop(key, None)
-            else:
-                self._wanted[key] = health
-        if changed:
-            self._changed.set()
-
-    async def run_forever(self) -> None:
-        """Serves what is wanted, until cancelled."""
-        try:
-            while True:
-                self._changed.clear()
-                if await self._serve():
-                    await self._changed.wait()
-                else:
-                    await asyncio.sleep(_RETRY_SECONDS)
-        finally:
-            for _, runner in self._runners.values():
-                await runner.cleanup()
-            self._runners.clear()
-
-    async def _serve(self) -> bool:
-        """Brings the servers to what is wanted. False when a port could not be had."""
-        wanted = {health.port: key for key, health in self._wanted.items()}
-        for port, (key, runner) in list(self._runners.items()):
-            if wanted.get(port) != key:
-                del self._runners[port]
-                await runner.cleanup()
-        complete = True
-        for port, key in wanted.items():
-            if port not in self._runners:
-                try:
-                    self._runners[port] = key, await serve(self._app(key), f":{port}")
-                except OSError as error:
-                    complete = False
-                    log.warning("health node port %d of %s cannot be served: %s", port, "/".join(key), error.strerror)
-        return complete
-
-    def _app(self, key: Key) -> web.Application:
-        async def answer(_: web.Request) -> web.Response:
-            health = self._wanted.get(key)
-            ready = health.ready if health else 0
-            wrong = self._keeping.unhealthy()
-            body = {
-                "service": {"namespace": key[0], "name": key[1]},
-                "localEndpoints": ready,
-                "serviceProxyHealthy": not wrong,
-            }
-            headers = {"X-Load-Balancing-Endpoint-Weight": str(ready), "X-Content-Type-Options": "nosniff"}
-            return web.json_response(body, status=200 if ready and not wrong else 503, headers=headers)
-
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", answer)
-        return app

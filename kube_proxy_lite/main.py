@@ -10,15 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 import podwire
 from kube_proxy_lite import settings
-from kube_proxy_lite.proxy import Proxy, cleanup
+from kube_proxy_lite.modes import remove_all_but
+from kube_proxy_lite.proxy import Proxy
 from kube_proxy_lite.settings import Mode, ProxyConfig
 from podwire import logs
 from podwire.errors import PodwireError
-from podwire.kube.options import KubeOptions
 
 log = logging.getLogger("kube_proxy_lite.main")
 
@@ -29,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.cleanup:
-            asyncio.run(cleanup())
+            asyncio.run(remove_all_but(None, policy=False))
             return 0
         config = _config(arguments)
         logs.configure(config.log_level)
@@ -58,17 +56,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(arguments: argparse.Namespace) -> ProxyConfig:
-    config = settings.read(
+    return settings.read(
         arguments.config,
+        arguments.kubeconfig,
         node=arguments.node,
         mode=Mode(arguments.mode) if arguments.mode else None,
         manifests=arguments.manifests,
-        kubernetes=KubeOptions(kubeconfig=arguments.kubeconfig) if arguments.kubeconfig else None,
         cluster_cidrs=tuple(arguments.cluster_cidr.split(",")) if arguments.cluster_cidr else None,
     )
-    if arguments.manifests and not arguments.kubeconfig:
-        config = msgspec.structs.replace(config, kubernetes=KubeOptions())
-    return config
 
 
 async def _run(config: ProxyConfig) -> None:

@@ -143,6 +143,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Whether pods can be told from everybody else in this family."""
         return bool(self.pod_interfaces) or any(network.version == version for network in self.cluster_cidrs)
 
+    def has_node_ports(self, address: Address) -> bool:
+        """Whether NodePorts answer on this address of the node."""
+        networks = [network for network in self.node_port_addresses if network.version == address.version]
+        return not address.is_loopback and (not networks or any(address in network for network in networks))
+
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes of a new connection; `backends` and `masquerade` count when the verdict is FORWARD."""

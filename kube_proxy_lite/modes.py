@@ -1,52 +1,67 @@
-"""The modes of the proxy: which renderer and which applier, and which nft tables are theirs."""
+"""The modes of the proxy: which renderer and which applier, what of the kernel is theirs, and how one follows another.
+
+A node that was in another mode has that one's rules. They stay until this mode's are there, so that no Service is away
+in between (of two chains that would translate a connection the first one does, whichever that is), and then they go:
+rules that nobody keeps send connections to pods of long ago. The same holds for the table of NetworkPolicy where
+policies are not enforced any more. What other programs have made stays, another proxy's rules among it.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from kube_proxy_lite.apply.iptables import IptablesApplier
 from kube_proxy_lite.apply.nftables import NftablesApplier
+from kube_proxy_lite.apply.nftevents import Touches, in_iptables, in_tables
+from kube_proxy_lite.apply.policy_nftables import PolicyApplier
 from kube_proxy_lite.errors import ModeUnavailable
 from kube_proxy_lite.model import Settings
 from kube_proxy_lite.render.interface import Applier, Changes, ClusterIPs, Renderer
+from kube_proxy_lite.render.iptables import IptablesRenderer
 from kube_proxy_lite.render.nftables import NftablesRenderer
 from kube_proxy_lite.render.nftables_layout import WORDS
+from kube_proxy_lite.render.policy_nftables import TABLE as POLICY_TABLE
 from kube_proxy_lite.settings import Mode
 
-MODES = (Mode.NFTABLES, Mode.IPTABLES)
+_IPV6 = Path("/proc/net/if_inet6")
+_JUMPS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")
+_TABLES = ("nat", "filter")
+POLICY_TOUCHES = in_tables((POLICY_TABLE.split()[1],))
+"""What is drift of NetworkPolicy's table."""
 
 
 class MadeMode(msgspec.Struct, frozen=True, kw_only=True):
-    """A renderer and its applier. `tables` are names of nft tables whose changes by others count as drift; `is_own`
-    says whether a process is one that the applier has started."""
+    """A renderer and its applier. `touches` says which changes of nftables by others are drift, None that none is seen;
+    `is_own` whether a process is one that the applier has started."""
 
     renderer: Renderer[Any, Any]
     applier: Applier[Any, Any]
-    tables: frozenset[str] = frozenset()
+    touches: Touches | None = None
     is_own: Callable[[int], bool] = lambda _pid: False
 
 
 def make_mode(mode: Mode, settings: Settings) -> MadeMode:
     """The parts of `mode`. Raises ModeUnavailable when what it needs is not there."""
+    versions = (4, 6) if _IPV6.exists() else (4,)
     if mode is Mode.NFTABLES:
-        return _nftables(settings)
+        need("nft", "nftables")
+        nftables = NftablesApplier(versions=versions)
+        touches = in_tables({words.table.split()[1] for words in WORDS.values()})
+        renderer = NftablesRenderer(settings, versions)
+        return MadeMode(renderer=renderer, applier=nftables, touches=touches, is_own=nftables.is_own)
     if mode is Mode.IPTABLES:
-        return _iptables(settings)
+        need("iptables-restore", "iptables")
+        iptables = IptablesApplier(versions=versions)
+        touches = in_iptables("KUBE-", _JUMPS, _TABLES)
+        return MadeMode(
+            renderer=IptablesRenderer(settings, versions), applier=iptables, touches=touches, is_own=iptables.is_own
+        )
     return MadeMode(renderer=Nothing(), applier=Nothing())
-
-
-def _nftables(settings: Settings) -> MadeMode:
-    need("nft", "nftables")
-    applier = NftablesApplier()
-    tables = frozenset(words.table.split()[1] for words in WORDS.values())
-    return MadeMode(renderer=NftablesRenderer(settings), applier=applier, tables=tables, is_own=applier.is_own)
-
-
-def _iptables(settings: Settings) -> MadeMode:
-    raise ModeUnavailable(f"mode is iptables on {settings.node}, which is not there yet; expected nftables or none")
 
 
 def need(program: str, package: str) -> None:
@@ -55,8 +70,34 @@ def need(program: str, package: str) -> None:
         raise ModeUnavailable(f"the program {program} is not there, expected it in PATH; it comes with {package}")
 
 
+async def remove_all_but(mode: Mode | None, policy: bool) -> None:
+    """Takes the rules of all other modes than `mode` out of the kernel, and with `policy` False those of NetworkPolicy.
+
+    What was not there is fine. Raises the first failure when all has been tried.
+    """
+    failures: list[Exception] = []
+    for remove in _removals(mode, policy):
+        try:
+            await remove()
+        except Exception as error:  # noqa: BLE001 - the others are to go, too; raised below
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _removals(mode: Mode | None, policy: bool) -> list[Callable[[], Awaitable[None]]]:
+    """A mode whose program is not there has no rules."""
+    found: list[Callable[[], Awaitable[None]]] = []
+    if shutil.which("nft"):
+        found += [NftablesApplier().remove] if mode is not Mode.NFTABLES else []
+        found += [PolicyApplier().remove] if not policy else []
+    if mode is not Mode.IPTABLES and shutil.which("iptables-restore"):
+        found.append(IptablesApplier().remove)
+    return found
+
+
 class Nothing:
-    """The mode `none`: no rule of ours is wanted, and none is touched."""
+    """The mode `none`: Services are left to somebody else."""
 
     def update(self, changes: Changes, cluster_ips: ClusterIPs) -> tuple[()]:  # noqa: ARG002
         """Nothing to do."""

@@ -2,20 +2,22 @@
 
     source ──▶ ServiceSync ──▶ kernel          /healthz, /livez, the Services' health ports, /metrics
        │          ▲
-       │          └── NftEvents: somebody else has changed our rules
+       │          └── NftEvents ▸ Drift: somebody else has changed our rules
        │          ▼
        └─────▶ PolicySync ───▶ kernel
                   ▲
     daemon ◀──▶ AttachedPods
 
-The rules stay when the proxy ends: connections go on, and new ones are served by what was last known. `cleanup` is
-what takes them out.
+The rules stay when the proxy ends: connections go on, and new ones are served by what was last known. So a new process
+may begin while the old one still runs; both say the same, and who finds something done has nothing to do. `--cleanup`
+is what takes rules out (modes.remove_all_but).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -28,29 +30,33 @@ import msgspec
 from kube_proxy_lite import health
 from kube_proxy_lite.apply.addresses import own_addresses
 from kube_proxy_lite.apply.conntrack import Conntrack
-from kube_proxy_lite.apply.nftevents import NftEvents
+from kube_proxy_lite.apply.nftevents import NftEvents, Touches
 from kube_proxy_lite.apply.policy_nftables import PolicyApplier
+from kube_proxy_lite.apply.sysctls import set_conntrack
 from kube_proxy_lite.attached import AttachedPods
-from kube_proxy_lite.errors import ModeUnavailable
-from kube_proxy_lite.health import Keeping, ServiceHealth
+from kube_proxy_lite.drift import Drift
+from kube_proxy_lite.health import Keeping
+from kube_proxy_lite.health_ports import ServiceHealth
 from kube_proxy_lite.metrics import Metrics
-from kube_proxy_lite.model import Settings
-from kube_proxy_lite.modes import MODES, make_mode, need
+from kube_proxy_lite.model import Network, Settings
+from kube_proxy_lite.modes import POLICY_TOUCHES, make_mode, need, remove_all_but
 from kube_proxy_lite.policy.policies import Policies
 from kube_proxy_lite.policy_sync import PolicySync
-from kube_proxy_lite.render.interface import Applier
-from kube_proxy_lite.render.policy_nftables import TABLE as POLICY_TABLE
 from kube_proxy_lite.render.policy_nftables import PolicyRenderer
 from kube_proxy_lite.services import Services
 from kube_proxy_lite.settings import Mode, ProxyConfig
 from kube_proxy_lite.sync import ServiceSync
+from podwire.backoff import Backoff
+from podwire.errors import TryAgain
 from podwire.kube import options
 from podwire.kube.api import ApiSource
 from podwire.kube.client import Client
 from podwire.kube.folder import ManifestSource
-from podwire.kube.kinds import one_node
 from podwire.kube.source import Source
 from podwire.runner import Runner
+
+_NOWHERE: tuple[Network, ...] = (ipaddress.ip_network("0.0.0.0/32"), ipaddress.ip_network("::/128"))
+"""Networks in which no node has an address."""
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +67,7 @@ class Proxy:
     def __init__(self, config: ProxyConfig) -> None:
         """Raises ConfigError, ModeUnavailable."""
         self._config = config
-        self._metrics = Metrics()
+        self._metrics = Metrics(config.mode.value)
         rules = config.rules()
         self._services = Services(rules)
         self._mode = mode = make_mode(config.mode, rules)
@@ -73,13 +79,14 @@ class Proxy:
             self._metrics.services,
             period=config.sync_period,
             min_interval=config.min_sync_period,
-            settings_of=lambda services: _settings(rules, services),
+            settings_of=partial(settings_now, config, rules),
             own_addresses=own_addresses,
         )
         self._policy = self._make_policy() if config.network_policy else None
         self._keeping = Keeping(2 * config.sync_period, self._oldest_wait, self._synced_at)
         self._health = ServiceHealth(self._keeping)
         self._sync.health_changed = self._health.take
+        self._sync.node_changed = self._keeping.take_node
 
     def _make_policy(self) -> PolicySync:
         need("nft", "nftables")
@@ -97,11 +104,13 @@ class Proxy:
 
     async def run(self, stopped: asyncio.Event) -> None:
         """Serves until `stopped` is set. Raises what a part raised that cannot go on."""
+        set_conntrack(self._config.conntrack)
         async with contextlib.AsyncExitStack() as stack:
             source = await self._source(stack)
-            await self._serve(stack)
+            parts = (self._services_work(source), self._policy_work(source), self._pages())
             async with asyncio.TaskGroup() as tasks:
-                work = [tasks.create_task(each) for each in (*self._services_work(source), *self._policy_work(source))]
+                work = [tasks.create_task(each) for part in parts for each in part]
+                work.append(tasks.create_task(self._clear_other_modes()))
                 fields = {"node": self._config.node, "mode": self._config.mode.value}
                 log.info("started", extra={"fields": fields})
                 await stopped.wait()
@@ -111,13 +120,13 @@ class Proxy:
     def _services_work(self, source: Source) -> Iterator[Coroutine[Any, Any, None]]:
         if self._config.mode is Mode.NONE:
             return
-        yield from (self._sync.intake.follow(source, wanted) for wanted in self._sync.wanted())
-        yield self._follow_node(source)
-        yield self._sync.runner.run_forever()
-        yield self._sync.repairer.run_forever()
+        sync, mode = self._sync, self._mode
+        yield from (sync.intake.follow(source, wanted) for wanted in sync.wanted())
+        yield sync.runner.run_forever()
+        yield sync.repairer.run_forever()
         yield self._health.run_forever()
-        if self._mode.tables:
-            yield self._watch_drift(self._mode.tables, self._mode.is_own, self._sync.runner)
+        if mode.touches:
+            yield self._watch_drift("services", mode.touches, mode.is_own, sync.runner)
 
     def _policy_work(self, source: Source) -> Iterator[Coroutine[Any, Any, None]]:
         policy = self._policy
@@ -131,7 +140,16 @@ class Proxy:
         yield policy.settle_forever()
         yield policy.runner.run_forever()
         yield policy.repairer.run_forever()
-        yield self._watch_drift(frozenset({POLICY_TABLE.split()[1]}), policy.is_own, policy.runner)
+        yield self._watch_drift("policies", POLICY_TOUCHES, policy.is_own, policy.runner)
+
+    def _pages(self) -> Iterator[Coroutine[Any, Any, None]]:
+        config, metrics = self._config, self._metrics
+        checks = partial(health.make_app, self._keeping, metrics.answered)
+        numbers = partial(health.make_metrics_app, metrics.registry, self._refresh, config.mode.value)
+        if config.health_listen:
+            yield health.serve_forever(checks, config.health_listen, "/healthz")
+        if config.metrics_listen:
+            yield health.serve_forever(numbers, config.metrics_listen, "/metrics")
 
     async def _source(self, stack: contextlib.AsyncExitStack) -> Source:
         if self._config.manifests:
@@ -140,41 +158,26 @@ class Proxy:
         await stack.enter_async_context(client)
         return ApiSource(client)
 
-    async def _serve(self, stack: contextlib.AsyncExitStack) -> None:
-        pages = (
-            (health.make_app(self._keeping), self._config.health_listen),
-            (
-                health.make_metrics_app(self._metrics.registry, self._refresh, self._config.mode.value),
-                self._config.metrics_listen,
-            ),
-        )
-        for app, listen in pages:
-            if listen:
-                runner = await health.serve(app, listen)
-                stack.push_async_callback(runner.cleanup)
-
-    async def _follow_node(self, source: Source) -> None:
-        """The node's own object says when balancers should stop sending here."""
-        async with contextlib.aclosing(source.follow(one_node(self._config.node))) as batches:
-            async for batch in batches:
-                for node in batch.upserts:
-                    self._keeping.take_node(node)
-                if any(key == ("", self._config.node) for key in batch.deletes):
-                    self._keeping.take_node(None)
-
-    async def _watch_drift(self, tables: frozenset[str], is_own: Callable[[int], bool], runner: Runner) -> None:
-        """Asks for a look at the whole when somebody else has changed one of our tables."""
-
-        def drifted() -> None:
-            log.warning("somebody else has changed our rules; looking at them again")
-            self._metrics.drift.inc()
-            if runner.begun:
-                runner.request(resync=True)
-
+    async def _watch_drift(self, rules: str, touches: Touches, is_own: Callable[[int], bool], runner: Runner) -> None:
+        """Asks for a look at the whole when somebody else has changed our rules."""
+        drift = Drift(runner, self._metrics.drift.labels(rules).inc)
         try:
-            await NftEvents(tables, drifted, is_own).watch_forever()
+            await NftEvents(touches, drift.note, is_own).watch_forever()
         except OSError as error:
             log.warning("changes by others are found every %g s only: %s", self._config.sync_period, error.strerror)
+
+    async def _clear_other_modes(self) -> None:
+        """Once this mode's rules are there."""
+        if self._config.mode is not Mode.NONE:
+            await self._sync.synced.wait()
+        pauses = Backoff(1.0, 60.0)
+        while True:
+            try:
+                await remove_all_but(self._config.mode, self._config.network_policy)
+                return
+            except TryAgain as error:
+                log.warning("rules of another mode cannot be removed, trying again: %s", error)
+                await asyncio.sleep(pauses.next())
 
     def _synced_at(self) -> float:
         """The older of the parts that run."""
@@ -188,31 +191,23 @@ class Proxy:
         return 0.0 if oldest is None else asyncio.get_running_loop().time() - oldest
 
     def _refresh(self) -> None:
+        """Numbers that are looked up when somebody asks."""
         self._metrics.problems.set(len(self._services.problems()))
-        waited = self._oldest_wait()
-        if waited:
-            self._metrics.queued.set(time.time() - waited)
+        self._metrics.health_ports_missing.set(len(self._health.missing))
+        for policy, ports in self._services.without_local_endpoints().items():
+            self._metrics.no_local_endpoints.labels(policy).set(ports)
 
 
-async def cleanup() -> None:
-    """Takes the rules of every mode out of the kernel, whatever mode made them. Raises the first failure."""
-    failures: list[Exception] = []
-    made: list[Callable[[], Any]] = [*(partial(_applier, mode) for mode in MODES), PolicyApplier]
-    for make in made:
-        try:
-            await make().remove()
-        except ModeUnavailable:
-            continue  # without its program it has no rules
-        except Exception as error:  # noqa: BLE001 - the others are to go, too; raised below
-            failures.append(error)
-    if failures:
-        raise failures[0]
-
-
-def _applier(mode: Mode) -> Applier[Any, Any]:
-    return make_mode(mode, Settings(node="")).applier
-
-
-def _settings(rules: Settings, services: Services) -> Settings:
-    """What the objects add to what the operator has said."""
-    return msgspec.structs.replace(rules, service_cidrs=services.service_cidrs)
+def settings_now(config: ProxyConfig, rules: Settings, services: Services) -> Settings:
+    """What the operator has said, with what the objects say of the cluster and the node: followed as it changes."""
+    found = msgspec.structs.replace(rules, service_cidrs=services.service_cidrs)
+    if config.node_cidrs:
+        cidrs = tuple(dict.fromkeys((*rules.cluster_cidrs, *services.pod_cidrs)))
+        found = msgspec.structs.replace(found, cluster_cidrs=cidrs)
+    if config.node_ports_primary:
+        own = tuple(ipaddress.ip_network(address) for address in services.node_addresses)
+        versions = {network.version for network in own}
+        # of a family in which the node has none, NodePorts answer nowhere: no network at all would mean everywhere
+        own += tuple(network for network in _NOWHERE if network.version not in versions)
+        found = msgspec.structs.replace(found, node_port_addresses=own)
+    return found

@@ -33,6 +33,7 @@ from kube_proxy_lite.frontends import Offer, Wish, collapse, read_service
 from kube_proxy_lite.model import (
     Address,
     Frontend,
+    FrontendKind,
     Health,
     Network,
     PortKey,
@@ -197,6 +198,16 @@ class Services:
         """Services one of whose endpoints is in its slice no longer, or serves no longer, since this was last asked."""
         left, self._left = frozenset(self._left), set()
         return left
+
+    def without_local_endpoints(self) -> Mapping[str, int]:
+        """How many ports have a policy Local, and endpoints, but none on this node: by policy, internal or external."""
+        found = {"internal": 0, "external": 0}
+        for plan in self.plans():
+            if plan.cluster and not plan.local:
+                kinds = {each.kind is FrontendKind.CLUSTER_IP for each in plan.frontends if each.local}
+                found["internal"] += True in kinds
+                found["external"] += False in kinds
+        return found
 
     def health(self, service: Key) -> Health | None:
         """What a balancer is to be told of a Service, None when it does not ask."""

@@ -9,7 +9,8 @@
 Nothing is rendered before every source has said what there is: a list that is not complete yet would take out what an
 earlier process has set up. From then on the API may be away for as long as it likes.
 
-A failed run is repeated with a look at the whole (ApplyFailed), since nobody knows then what the kernel has.
+A failed run is repeated with a look at the whole (ApplyFailed), since nobody knows then what the kernel has. What a
+balancer is told of this node's endpoints does not wait for it: that an endpoint is gone is true at once.
 Connections (`stale`) are looked at after the rules, by a runner of their own: what is cut comes back by the new rules,
 and a table of a million connections holds no rule up.
 """
@@ -26,6 +27,7 @@ import msgspec
 
 from kube_proxy_lite.intake import Intake, door
 from kube_proxy_lite.model import Address, Health, PortKey, PortPlan, Problem, Settings
+from kube_proxy_lite.programming import TriggerTimes
 from kube_proxy_lite.render.interface import Applier, ApplyFailed, Renderer
 from kube_proxy_lite.services import Services
 from kube_proxy_lite.stale import Connection, StaleConnections
@@ -40,6 +42,7 @@ from podwire.kube.kinds import (
     proxied_endpoint_slices,
     proxied_services,
 )
+from podwire.kube.objects import EndpointSlice, Node
 from podwire.runner import Runner
 
 _NAMED_AT_ONCE = 20
@@ -74,6 +77,22 @@ class SyncObserver(Protocol):
         """Connections were cut."""
 
 
+class ServiceObserver(SyncObserver, Protocol):
+    """The same for Services."""
+
+    def noted(self, resource: str, objects: int) -> None:
+        """So many objects of a kind have come, changed or gone."""
+
+    def begun(self) -> None:
+        """A run has begun; it serves what has come until now."""
+
+    def programmed(self, seconds: Sequence[float]) -> None:
+        """How long changes of endpoints took from their cause to the kernel."""
+
+    def looked(self, seconds: float) -> None:
+        """A look at connections has ended well."""
+
+
 class ServiceSync:
     """Keeps this node's kernel at what the cluster's Services say."""
 
@@ -83,7 +102,7 @@ class ServiceSync:
         renderer: Renderer[Any, Any],
         applier: Applier[Any, Any],
         connections: Connections,
-        observer: SyncObserver,
+        observer: ServiceObserver,
         *,
         period: float = 30.0,
         min_interval: float = 0.0,
@@ -104,39 +123,60 @@ class ServiceSync:
         self._observer = observer
         self._settings_of = settings_of
         self._own_addresses = own_addresses
-        self._settings: Settings | None = None
+        self._settings = services.settings
         self._stale = StaleConnections()
+        self._triggers = TriggerTimes(time.time())
         self.intake = Intake(
             dict(
                 (
                     door(SERVICES, services.set_service, services.drop_service),
-                    door(ENDPOINT_SLICES, services.set_slice, services.drop_slice),
-                    door(NODES, services.set_node, lambda _key: services.set_node(None)),
+                    door(ENDPOINT_SLICES, self._set_slice, services.drop_slice),
+                    door(NODES, self._set_node, lambda _key: self._set_node(None)),
                     door(SERVICE_CIDRS, services.set_service_cidr, lambda key: services.drop_service_cidr(key[1])),
                 )
             ),
             self.runner.request,
+            spared=(SERVICE_CIDRS.resource,),
+            noted=observer.noted,
         )
         self._plans: dict[PortKey, PortPlan] = {}
-        self._reported: frozenset[Problem] = frozenset()
+        self._problems: tuple[Problem, ...] = ()
+        self._unseen = 0
         self.health_changed: Callable[[Mapping[Key, Health | None]], None] = lambda _changed: None
         """Is told which Services' health checks are others than before."""
+        self.node_changed: Callable[[Node | None], None] = lambda _node: None
+        """Is told the node's own object as it is now, None when it is gone."""
+        self.synced = asyncio.Event()
+        """Is set when the kernel has been brought to what the cluster says."""
         self.synced_at = 0.0
-        """When the kernel was last brought to what the cluster says, in seconds since the epoch; 0 if never."""
+        """When that was the last time, in seconds since the epoch; 0 if never."""
 
     def wanted(self) -> tuple[Wanted[Any], ...]:
         """What is to be followed."""
         cidrs: Wanted[Any] = Wanted(kind=SERVICE_CIDRS, optional=True)
         return proxied_services(), proxied_endpoint_slices(), one_node(self.services.settings.node), cidrs
 
+    # --- what comes in
+
+    def _set_slice(self, obj: EndpointSlice) -> None:
+        self._triggers.take(obj)
+        self.services.set_slice(obj)
+
+    def _set_node(self, node: Node | None) -> None:
+        self.services.set_node(node)
+        self.node_changed(node)
+
     # --- the kernel
 
     async def _run(self, resync: bool) -> None:
         began = time.perf_counter()
+        self._observer.begun()
         changed = self.services.changed()
+        self._unseen += len(changed)
         transactions = self._renderer.update(changed, self.services.changed_cluster_ips())
         transactions += self._reconfigure()
         self._note_stale(changed)
+        self._report_problems()
         try:
             if resync or not self.synced_at:
                 transactions = self._renderer.resync(await self._applier.read())
@@ -144,17 +184,20 @@ class ServiceSync:
         except ApplyFailed as error:
             self._observer.failed(str(error))
             raise
+        finally:
+            self.health_changed(self.services.changed_health())
         self.synced_at = time.time()
-        self.health_changed(self.services.changed_health())
-        self._report_problems()
+        self.synced.set()
         if self._stale.in_doubt:
             self.repairer.request()
         waited = asyncio.get_running_loop().time() - self.runner.serving
-        self._observer.synced(time.perf_counter() - began, resync, len(changed), waited)
+        changes, self._unseen = self._unseen, 0
+        self._observer.synced(time.perf_counter() - began, resync, changes, waited)
+        self._observer.programmed(self._triggers.done(self.synced_at))
 
     def _reconfigure(self) -> tuple[Any, ...]:
-        settings = self._settings_of(self.services) if self._settings_of else None
-        if settings is None or settings == self._settings:
+        settings = self._settings_of(self.services) if self._settings_of else self._settings
+        if settings == self._settings:
             return ()
         self._settings = settings
         return self._renderer.configure(settings)
@@ -172,12 +215,13 @@ class ServiceSync:
                 self._stale.doubt(plan)
 
     async def _repair(self, resync: bool) -> None:
+        began = time.perf_counter()
         if resync:
             self._stale.doubt_all()
         looked_at = self._stale.begin()
-        own = frozenset(map(int, self._own_addresses()))
         service_cidrs = self.services.service_cidrs
         try:
+            own = await asyncio.to_thread(self._node_port_addresses, self._settings)
             found = await self._connections.select(
                 lambda all_: self._stale.stale(all_, looked_at, own, self.services.endpoints, service_cidrs)
             )
@@ -187,13 +231,20 @@ class ServiceSync:
             raise
         if cut:
             self._observer.cut(cut)
+        self._observer.looked(time.perf_counter() - began)
+
+    def _node_port_addresses(self, settings: Settings) -> frozenset[int]:
+        """The node's addresses on which NodePorts answer, as numbers."""
+        return frozenset(int(each) for each in self._own_addresses() if settings.has_node_ports(each))
 
     def _report_problems(self) -> None:
         """Names in the log what is new among the objects that cannot be served as they ask."""
-        problems = frozenset(self.services.problems())
-        new = sorted(problems - self._reported)
+        problems = self.services.problems()
+        if problems is self._problems:
+            return
+        new = sorted(set(problems) - set(self._problems))
         for problem in new[:_NAMED_AT_ONCE]:
             log.warning("%s", problem, extra={"fields": {"problem": msgspec.to_builtins(problem)}})
         if len(new) > _NAMED_AT_ONCE:
             log.warning("%d problems more", len(new) - _NAMED_AT_ONCE)
-        self._reported = problems
+        self._problems = problems

@@ -53,6 +53,7 @@ class Runner:
         self._pauses = Backoff(first_retry, last_retry)
         self._wake = asyncio.Event()
         self._resync = True
+        self._said = ""
 
     def request(self, resync: bool = False) -> None:
         """Asks for a run; with `resync` for one that looks at everything again."""
@@ -79,14 +80,22 @@ class Runner:
                 self.failures += 1
                 self.requested_at = self.serving
                 self._resync = True
-                pause = self._pauses.next()
-                log.warning("%s failed, trying again: %s", self.name, error)
-                await asyncio.sleep(pause)
+                self._say(str(error))
+                await asyncio.sleep(self._pauses.next())
                 continue
             self.failures = 0
+            self._say("")
             self._pauses.reset()
             if resync:
                 due = began + self._max_interval
             await asyncio.sleep(max(0.0, began + self._min_interval - clock()))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), max(0.0, due - clock()))
+
+    def _say(self, wrong: str) -> None:
+        """A reason is logged when it is a new one, not with every attempt."""
+        if wrong and wrong != self._said:
+            log.warning("%s failed, trying again: %s", self.name, wrong)
+        elif self._said and not wrong:
+            log.info("%s works again", self.name)
+        self._said = wrong

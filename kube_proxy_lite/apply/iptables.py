@@ -15,10 +15,10 @@ Source: iptables-restore(8), xtables-nft(8); kubernetes-sigs/iptables-wrappers d
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
+from kube_proxy_lite.apply.processes import Processes
 from kube_proxy_lite.render.interface import ApplyFailed
 from kube_proxy_lite.render.iptables import removal
 from kube_proxy_lite.render.iptables_listing import Listing, parse
@@ -26,8 +26,6 @@ from kube_proxy_lite.render.iptables_transactions import TABLES, Transaction, jo
 
 LOCK_SECONDS = 5
 _SECONDS = 120.0
-_REMEMBERED = 256
-_WORDS = 2000
 _PROGRAMS = {4: "iptables", 6: "ip6tables"}
 _HINTS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
 BACKENDS = ("nft", "legacy")
@@ -42,11 +40,11 @@ class IptablesApplier:
         self._prefix = tuple(prefix)
         self._versions = tuple(versions)
         self._backend = backend
-        self._started: deque[int] = deque(maxlen=_REMEMBERED)
+        self._processes = Processes()
 
     def is_own(self, pid: int) -> bool:
-        """Whether a process is one that was started here, of the last 256."""
-        return pid in self._started
+        """Whether a process is one that was started here."""
+        return self._processes.is_own(pid)
 
     async def backend(self) -> str:
         """The backend that is used. Raises ApplyFailed when there is no iptables."""
@@ -75,9 +73,12 @@ class IptablesApplier:
         for each in (whole,) if whole else transactions:
             await self._run(version, "restore", "-w", str(LOCK_SECONDS), "--noflush", stdin=each.text)
 
+    async def save(self, version: int, *tables: str) -> str:
+        """What iptables-save prints of `tables`. Raises ApplyFailed."""
+        return "\n".join([await self._run(version, "save", "-t", table) for table in tables])
+
     async def _read(self, version: int) -> Listing:
-        texts = [await self._run(version, "save", "-t", table) for table in TABLES]
-        return await asyncio.to_thread(parse, "\n".join(texts))
+        return await asyncio.to_thread(parse, await self.save(version, *TABLES))
 
     # --- Which iptables -----------------------------------------------------------------------------------------
 
@@ -90,7 +91,7 @@ class IptablesApplier:
         counts = {backend: text.count("\n-A ") for backend, text in said.items()}
         if counts["nft"] != counts["legacy"]:
             return max(counts, key=lambda backend: counts[backend])
-        version = await self._program(f"{_PROGRAMS[4]}", "--version")
+        version = await self.program(f"{_PROGRAMS[4]}", "--version")
         return "nft" if "nf_tables" in version else "legacy"
 
     async def _rules_of(self, backend: str) -> str:
@@ -98,7 +99,7 @@ class IptablesApplier:
         texts = []
         for version in self._versions:
             try:
-                texts.append(await self._program(f"{_PROGRAMS[version]}-{backend}-save"))
+                texts.append(await self.program(f"{_PROGRAMS[version]}-{backend}-save"))
             except ApplyFailed:
                 continue
         return "\n".join(texts)
@@ -106,29 +107,11 @@ class IptablesApplier:
     # --- Processes ----------------------------------------------------------------------------------------------
 
     async def _run(self, version: int, verb: str, *arguments: str, stdin: str = "") -> str:
-        return await self._program(f"{_PROGRAMS[version]}-{await self.backend()}-{verb}", *arguments, stdin=stdin)
+        return await self.program(f"{_PROGRAMS[version]}-{await self.backend()}-{verb}", *arguments, stdin=stdin)
 
-    async def _program(self, program: str, *arguments: str, stdin: str = "") -> str:
+    async def program(self, program: str, *arguments: str, stdin: str = "") -> str:
         """What it printed. Raises ApplyFailed."""
-        pipe = asyncio.subprocess.PIPE
-        command = (*self._prefix, program, *arguments)
-        try:
-            process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
-        except OSError as error:
-            raise ApplyFailed(f"{command[0]} cannot be run: {error.strerror}") from error
-        self._started.append(process.pid)
-        try:
-            out, err = await asyncio.wait_for(process.communicate(stdin.encode()), _SECONDS)
-        except TimeoutError as error:
-            raise ApplyFailed(f"{program} gave no answer within {_SECONDS:g} s") from error
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if process.returncode != 0:
-            words = " ".join(err.decode(errors="replace").split())[:_WORDS]
-            raise ApplyFailed(f"{program} {' '.join(arguments)}: {words or process.returncode}")
-        return out.decode(errors="replace")
+        return await self._processes.run(*self._prefix, program, *arguments, stdin=stdin, seconds=_SECONDS)
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
