@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 
 from ipam_daemon import cni
 from ipam_daemon.attachments import Attachments
@@ -195,6 +196,16 @@ def _to_message(attachment: Attachment) -> agent_pb2.Attachment:
         pod_uid=attachment.pod.uid,
         state=_STATES[attachment.state],
         created=attachment.created,
+        port_mappings=[
+            agent_pb2.PortMapping(
+                protocol=each.protocol,
+                host_ip=str(each.host_ip or ""),
+                host_port=each.host_port,
+                container_port=each.container_port,
+            )
+            for each in attachment.port_mappings
+        ],
+        bandwidth=agent_pb2.Bandwidth(**msgspec.structs.asdict(attachment.bandwidth)) if attachment.bandwidth else None,
     )
 
 

@@ -30,20 +30,6 @@ class Shaper:
 
     def __init__(self, thread: NetlinkThread) -> None:
         self._thread = thread
-        self._redirects: tc.Redirects | None = None
-
-    @property
-    def redirects(self) -> tc.Redirects:
-        """The node's table of redirects."""
-        if self._redirects is None:
-            self._redirects = tc.Redirects()
-        return self._redirects
-
-    def close(self) -> None:
-        """Closes the socket."""
-        if self._redirects is not None:
-            self._redirects.close()
-            self._redirects = None
 
     def limit(self, attachment: Attachment) -> None:
         """Makes the queues of a wire, whose end on the node exists. Raises PlumbingFailed."""
@@ -61,7 +47,7 @@ class Shaper:
 
     def _redirect(self, host_ifname: str, indices: dict[Queue, int]) -> None:
         try:
-            self.redirects.add(
+            self._thread.redirects.add(
                 tc.Redirect(link=host_ifname, egress=queue.to_pod, to=index) for queue, index in indices.items()
             )
         except OSError as error:
@@ -89,8 +75,8 @@ class Shaper:
     def sweep_chains(self) -> None:
         """Deletes the chains of links that are gone. For after their deletion."""
         with naming(f"table netdev {tc.TABLE}"), tolerating(errno.ENOENT):
-            chains = self.redirects.chains()
-            self.redirects.delete(chain for chain in chains if not index_of(chain.partition("_")[2]))
+            chains = self._thread.redirects.chains()
+            self._thread.redirects.delete(chain for chain in chains if not index_of(chain.partition("_")[2]))
 
     def strays(self, known: Iterable[str]) -> tuple[str, ...]:
         """Wires that are gone and left a device. `known` are the names of those that somebody still has."""
@@ -105,7 +91,7 @@ class Shaper:
         wanted = queues(attachment)
         if not wanted:
             return []
-        chains, found = self.redirects.chains(), []
+        chains, found = self._thread.redirects.chains(), []
         for queue in wanted:
             way = "to the pod" if queue.to_pod else "from the pod"
             there = self._bucket(queue.ifname)
@@ -125,9 +111,11 @@ class Shaper:
         if not self.differences(attachment):
             return False
         self.delete(attachment.host_ifname)
-        chains = self.redirects.chains()
+        chains = self._thread.redirects.chains()
         with naming(f"table netdev {tc.TABLE}"), tolerating(errno.ENOENT):
-            self.redirects.delete(chain for chain in chains if chain.partition("_")[2] == attachment.host_ifname)
+            self._thread.redirects.delete(
+                chain for chain in chains if chain.partition("_")[2] == attachment.host_ifname
+            )
         self.limit(attachment)
         return True
 

@@ -66,11 +66,12 @@ def _print(status: agent_pb2.GetStatusResponse, attachments: list[agent_pb2.Atta
     for block in status.blocks:
         counts = (block.used, block.releasing, block.cooling, block.reserved, block.free)
         blocks.add_row(block.cidr, block.pool, *map(str, counts))
-    pods = Table("POD", "CONTAINER", "INTERFACE", "ADDRESSES", "LINK", "STATE", box=None)
+    pods = Table("POD", "CONTAINER", "INTERFACE", "ADDRESSES", "PORTS", "LINK", "STATE", box=None)
     for each in attachments:
         pod = f"{each.pod_namespace}/{each.pod_name}" if each.pod_name else "-"
         state = agent_pb2.Attachment.State.Name(each.state).removeprefix("STATE_").lower()
-        pods.add_row(pod, each.container_id[:12], each.ifname, " ".join(each.addresses), each.host_ifname, state)
+        ports = " ".join(map(_port, each.port_mappings))
+        pods.add_row(pod, each.container_id[:12], each.ifname, " ".join(each.addresses), ports, each.host_ifname, state)
     peers = Table("PEER", "ADDRESSES", "BLOCKS", box=None)
     for peer in status.peer_nodes:
         peers.add_row(peer.name, " ".join(peer.addresses), " ".join(peer.blocks))
@@ -80,6 +81,12 @@ def _print(status: agent_pb2.GetStatusResponse, attachments: list[agent_pb2.Atta
     for repair in status.repairs[-_REPAIRS:]:
         moment = datetime.datetime.fromtimestamp(repair.at, datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
         console.print(f"repaired {moment} {repair.detail}", highlight=False, markup=False)
+
+
+def _port(mapping: agent_pb2.PortMapping) -> str:
+    """Such as 8080→80/tcp, or 192.0.2.1:8080→80/tcp."""
+    of = f"[{mapping.host_ip}]:" if ":" in mapping.host_ip else f"{mapping.host_ip}:" if mapping.host_ip else ""
+    return f"{of}{mapping.host_port}→{mapping.container_port}/{mapping.protocol}"
 
 
 def _proxy(proxy: ProxyState) -> str:

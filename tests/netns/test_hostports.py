@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from ipam_daemon.errors import PortTaken, UnsupportedField
+from ipam_daemon.model import Bandwidth
+from ipam_daemon.server import AgentService
+from podwire.cli.status import _port
+from podwire.v1 import agent_pb2
 from tests.netns.hostport_fixtures import (
     GATEWAY,
     NODE,
@@ -443,5 +447,24 @@ def test_what_others_translate_goes_first_and_stays(tmp_path: Path) -> None:
                 await it.delete("web")
                 it.node.run("nft", "delete", "table", "inet", "podwire_hostports")
                 assert it.node.run("nft", "-s", "list", "ruleset") == before
+
+    play(story)
+
+
+def test_a_tool_is_told_of_ports_and_limits(tmp_path: Path) -> None:
+    """By `podwire status`, of what the journal has."""
+
+    async def story() -> None:
+        async with dual_stack(tmp_path) as (it, _):
+            with pods(1) as (web,):
+                limits = Bandwidth(egress_rate=8_000_000, egress_burst=800_000)
+                asked = [mapping(8080), mapping(8081, 81, "udp", NODE[6])]
+                await it.attachments.add(add_call("web", web, *asked, bandwidth=limits))
+                listed = await AgentService(agent_pb2.GetStatusResponse, it.journal).ListAttachments(
+                    agent_pb2.ListAttachmentsRequest(), None
+                )
+                (told,) = listed.attachments
+                assert list(map(_port, told.port_mappings)) == ["8080→80/tcp", "[2001:db8::1]:8081→81/udp"]
+                assert (told.bandwidth.egress_rate, told.bandwidth.ingress_rate) == (8_000_000, 0)
 
     play(story)
