@@ -23,12 +23,13 @@ from typing import Any
 
 import msgspec
 
-from podwire.lab.probes import Health, Probe, plan_probes
+from podwire.lab.probes import Exec, Health, Probe, plan_probes
 from podwire.lab.program import ConfigMissing, Program
 from podwire.lab.state import MARK
 
 RESTART_SECONDS = 1.0
 _LONGEST_RESTART_SECONDS = 30.0
+_LAST_SECONDS = 2.0  # between SIGTERM and SIGKILL where a preStop hook has used the grace up
 _CONFIG_SECONDS = 0.5  # between looks for a ConfigMap that is not there
 
 Report = Callable[[str, str, str], None]  # reason, message, Warning or Normal
@@ -63,6 +64,8 @@ class Container:
         self._image = str(spec.get("image", ""))
         self._probes, left_out = plan_probes(spec)
         self._plan = plan
+        self._pre_stop: Mapping[str, Any] = (spec.get("lifecycle") or {}).get("preStop") or {}
+        self._environment: Mapping[str, str] = {}
         self._policy = policy
         self._place = place
         self._health: Health | None = None
@@ -155,16 +158,25 @@ class Container:
         finally:
             if program.echo:
                 os.close(writable)
-        self._child = child
+        self._child, self._environment = child, program.environment
         if program.echo:
             await _first_byte(readable)
         return child
 
     async def stop(self, seconds: float) -> None:
-        """Ends its process: SIGTERM, and SIGKILL for all of its session when it is still there after `seconds`."""
+        """Ends its process: its preStop hook, SIGTERM, and SIGKILL for all of its session.
+
+        SIGKILL comes `seconds` after the call, or _LAST_SECONDS after SIGTERM when the hook took longer.
+        """
         child = self._child
         if child is None or child.returncode is not None:
             return
+        deadline = asyncio.get_running_loop().time() + seconds
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._before_stop(seconds)
+        if self._pre_stop and seconds:
+            seconds = max(_LAST_SECONDS, deadline - asyncio.get_running_loop().time())
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
@@ -173,6 +185,18 @@ class Container:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         await child.wait()
+
+    async def _before_stop(self, seconds: float) -> None:
+        """Does what `lifecycle.preStop` says, so that whoever still sends to a pod that ends has time to hear of it."""
+        if sleep := self._pre_stop.get("sleep"):
+            await asyncio.sleep(float(sleep.get("seconds") or 0))
+        elif command := (self._pre_stop.get("exec") or {}).get("command"):
+            hook = Probe(action=Exec(command=tuple(map(str, command))), timeout=seconds)
+            why = await self._place.why_not(hook, self._environment)
+            if why:
+                self._place.report("FailedPreStopHook", f"container {self.name}: preStop: {why}", "Warning")
+        elif self._pre_stop:
+            self._say("FailedPreStopHook", f"container {self.name}: preStop is left out: the lab knows sleep and exec")
 
     # --- probes -------------------------------------------------------------------------------------------------
 

@@ -6,14 +6,16 @@ path under /run/netns, folders and sockets are paths that the machine and every 
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from podwire.lab import cluster, names, process
+from podwire.kube.objects import SERVICE_NAME_LABEL
+from podwire.lab import cluster, names, process, proxy
 from podwire.lab.agent import daemon_status
-from podwire.lab.api.kinds import PODS, SERVICES
+from podwire.lab.api.kinds import ENDPOINT_SLICES, PODS, SERVICES
 from podwire.lab.node import METRICS_PORT
 from podwire.lab.state import EtcdMember, LabState, NodeState
 
@@ -31,7 +33,7 @@ def status(lab: LabState) -> Object:
         "etcd_members": [member_status(lab, member) for member in lab.etcd],
         "nodes": [node_status(lab, node) for node in lab.nodes],
         "pods": [pod_status(lab, pod) for pod in client.list(PODS)],
-        "services": [service_status(service) for service in client.list(SERVICES)],
+        "services": services_status(client.list(SERVICES), client.list(ENDPOINT_SLICES)),
     }
 
 
@@ -53,6 +55,7 @@ def node_status(lab: LabState, node: NodeState) -> Object:
     said = daemon_status(socket)
     return {
         "name": node.name,
+        "proxy": proxy_status(lab, node),
         "netns": str(lab.netns(node.name)),
         "addresses": list(node.addresses),
         "blocks": [block.cidr for block in said.blocks] if said else [],
@@ -61,6 +64,21 @@ def node_status(lab: LabState, node: NodeState) -> Object:
         "ipamd_socket": str(socket),
         "metrics": f"http://{names.url_host(node.addresses[0])}:{METRICS_PORT}/metrics",
         "ready": bool(said and said.ready),
+    }
+
+
+def proxy_status(lab: LabState, node: NodeState) -> Object:
+    """The `proxy` of a node. `why` says what is wrong where it is not `healthy`; `mode` none has neither."""
+    if lab.proxy == proxy.NONE:
+        return {"mode": lab.proxy, "healthy": False, "why": "there is none", "health": "", "metrics": ""}
+    why = proxy.why_unhealthy(lab, node)
+    host = names.url_host(node.addresses[0])
+    return {
+        "mode": lab.proxy,
+        "healthy": not why,
+        "why": why,
+        "health": f"http://{host}:{names.PROXY_HEALTH_PORT}/healthz",
+        "metrics": f"http://{host}:{names.PROXY_METRICS_PORT}/metrics",
     }
 
 
@@ -81,7 +99,16 @@ def pod_status(lab: LabState, pod: Object) -> Object:
     }
 
 
-def service_status(service: Object) -> Object:
+def services_status(services: list[Object], slices: list[Object]) -> list[Object]:
+    """The `services`, each with the endpoints that its slices list."""
+    by_service: dict[tuple[str, str], list[Object]] = defaultdict(list)
+    for each in slices:
+        owner = (each["metadata"].get("labels") or {}).get(SERVICE_NAME_LABEL, "")
+        by_service[each["metadata"]["namespace"], owner].append(each)
+    return [service_status(one, by_service[one["metadata"]["namespace"], one["metadata"]["name"]]) for one in services]
+
+
+def service_status(service: Object, slices: list[Object]) -> Object:
     """One of `services`."""
     spec = service.get("spec", {})
     ports = spec.get("ports") or []
@@ -97,17 +124,64 @@ def service_status(service: Object) -> Object:
         ],
         "node_ports": [port["nodePort"] for port in ports if port.get("nodePort")],
         "load_balancer": [entry.get("ip") or entry.get("hostname", "") for entry in ingress],
-        "endpoints": [],
+        "endpoints": [entry for each in slices for entry in _endpoints(each)],
     }
+
+
+def _endpoints(endpoint_slice: Object) -> list[Object]:
+    """One of `endpoints` for every endpoint of a slice. What a slice does not say of its state means that all is well."""
+    ports = [
+        {key: p[key] for key in ("name", "port", "protocol") if key in p} for p in endpoint_slice.get("ports") or ()
+    ]
+    found = []
+    for endpoint in endpoint_slice.get("endpoints") or ():
+        state, target = endpoint.get("conditions") or {}, endpoint.get("targetRef") or {}
+        found.append({
+            "address": (endpoint.get("addresses") or [""])[0],
+            "ports": ports,
+            "node": endpoint.get("nodeName", ""),
+            "pod": target.get("name", "") if target.get("kind") == "Pod" else "",
+            "ready": state.get("ready") is not False,
+            "serving": state.get("serving", state.get("ready")) is not False,
+            "terminating": bool(state.get("terminating")),
+        })  # fmt: skip
+    return found
 
 
 def show(shown: Object, console: Console) -> None:
     """Prints a status for people."""
     console.print(f"lab [bold]{shown['name']}[/]   kubeconfig {shown['api']['kubeconfig']}", highlight=False)
     _table(console, "etcd", shown["etcd_members"], ("name", "running", "endpoint", "netns"))
-    _table(console, "nodes", shown["nodes"], ("name", "ready", "addresses", "blocks", "netns"))
+    nodes = [node | {"proxy": _proxy_words(node["proxy"])} for node in shown["nodes"]]
+    _table(console, "nodes", nodes, ("name", "ready", "proxy", "addresses", "blocks", "netns"))
     _table(console, "pods", shown["pods"], ("namespace", "name", "node", "phase", "addresses"))
-    _table(console, "services", shown["services"], ("namespace", "name", "type", "cluster_ips", "node_ports"))
+    services = [
+        one | {"ports": [port_words(port) for port in one["ports"]], "endpoints": endpoints_words(one["endpoints"])}
+        for one in shown["services"]
+    ]
+    columns = ("namespace", "name", "type", "cluster_ips", "ports", "node_ports", "load_balancer", "endpoints")
+    _table(console, "services", services, columns)
+
+
+def _proxy_words(said: Object) -> str:
+    if said["mode"] == proxy.NONE:
+        return "-"
+    return str(said["mode"] if said["healthy"] else f"{said['mode']}: {said['why']}")
+
+
+def port_words(port: Object) -> str:
+    """A port and where it leads: `80→http/TCP`."""
+    leads = "" if port.get("targetPort", port["port"]) == port["port"] else f"→{port['targetPort']}"
+    return f"{port['port']}{leads}/{port.get('protocol', 'TCP')}"
+
+
+def endpoints_words(endpoints: list[Object]) -> str:
+    """How many there are, and in which state: `3 ready, 1 not ready`."""
+    counts = Counter(
+        "ready" if one["ready"] else "draining" if one["terminating"] and one["serving"] else "not ready"
+        for one in endpoints
+    )
+    return ", ".join(f"{counts[word]} {word}" for word in ("ready", "draining", "not ready") if counts[word]) or "none"
 
 
 def _table(console: Console, title: str, rows: list[Object], columns: tuple[str, ...]) -> None:

@@ -11,7 +11,17 @@ from datetime import datetime
 from typing import Any
 
 from podwire.lab.api import selectors
-from podwire.lab.api.kinds import DEPLOYMENTS, NAMESPACES, NODES, PODS, REPLICA_SETS, SERVICES, Kind
+from podwire.lab.api.kinds import (
+    DEPLOYMENTS,
+    ENDPOINT_SLICES,
+    NAMESPACES,
+    NETWORK_POLICIES,
+    NODES,
+    PODS,
+    REPLICA_SETS,
+    SERVICES,
+    Kind,
+)
 
 Object = dict[str, Any]
 Row = list[Any]
@@ -198,6 +208,21 @@ def _service_cells(service: Object, now: float) -> Row:
     ]  # fmt: skip
 
 
+def _slice_cells(endpoint_slice: Object, now: float) -> Row:
+    ports = [str(port["port"]) for port in endpoint_slice.get("ports") or () if port.get("port")]
+    addresses = [one for each in endpoint_slice.get("endpoints") or () for one in each.get("addresses") or ()]
+    more = f" + {len(addresses) - 3} more..." if len(addresses) > 3 else ""
+    return [
+        endpoint_slice["metadata"]["name"], endpoint_slice.get("addressType", ""), ",".join(ports) or "<unset>",
+        ",".join(addresses[:3]) + more or "<unset>", _age(endpoint_slice, now),
+    ]  # fmt: skip
+
+
+def _policy_cells(policy: Object, now: float) -> Row:
+    selector = selectors.to_text(selectors.from_object((policy.get("spec") or {}).get("podSelector")))
+    return [policy["metadata"]["name"], selector or "<none>", _age(policy, now)]
+
+
 def _columns(narrow: str, wide: str = "") -> list[tuple[str, bool]]:
     return [(name, False) for name in narrow.split(",")] + [(name, True) for name in wide.split(",") if name]
 
@@ -213,6 +238,8 @@ _LAYOUTS: dict[tuple[str, str, str], _Layout] = {
         _node_cells,
     ),
     SERVICES.key: (_columns("Name,Type,Cluster-IP,External-IP,Port(s),Age", "Selector"), _service_cells),
+    ENDPOINT_SLICES.key: (_columns("Name,AddressType,Ports,Endpoints,Age"), _slice_cells),
+    NETWORK_POLICIES.key: (_columns("Name,Pod-Selector,Age"), _policy_cells),
     NAMESPACES.key: (_columns("Name,Status,Age"), _namespace_cells),
     DEPLOYMENTS.key: (
         _columns("Name,Ready,Up-to-date,Available,Age", "Containers,Images,Selector"), _deployment_cells
