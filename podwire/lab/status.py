@@ -120,7 +120,8 @@ def service_status(service: Object, slices: list[Object]) -> Object:
         "type": spec.get("type", "ClusterIP"),
         "cluster_ips": spec.get("clusterIPs") or ([one] if one else []),
         "ports": [
-            {key: port[key] for key in ("name", "protocol", "port", "targetPort") if key in port} for port in ports
+            {key: port[key] for key in ("name", "protocol", "port", "targetPort", "nodePort") if key in port}
+            for port in ports
         ],
         "node_ports": [port["nodePort"] for port in ports if port.get("nodePort")],
         "load_balancer": [entry.get("ip") or entry.get("hostname", "") for entry in ingress],
@@ -129,10 +130,9 @@ def service_status(service: Object, slices: list[Object]) -> Object:
 
 
 def _endpoints(endpoint_slice: Object) -> list[Object]:
-    """One of `endpoints` for every endpoint of a slice. What a slice does not say of its state means that all is well."""
-    ports = [
-        {key: p[key] for key in ("name", "port", "protocol") if key in p} for p in endpoint_slice.get("ports") or ()
-    ]
+    """The `endpoints` of a slice. What a slice does not say of an endpoint's state means that all is well."""
+    keys = ("name", "port", "protocol")
+    ports = [{key: port[key] for key in keys if key in port} for port in endpoint_slice.get("ports") or ()]
     found = []
     for endpoint in endpoint_slice.get("endpoints") or ():
         state, target = endpoint.get("conditions") or {}, endpoint.get("targetRef") or {}
@@ -159,7 +159,7 @@ def show(shown: Object, console: Console) -> None:
         one | {"ports": [port_words(port) for port in one["ports"]], "endpoints": endpoints_words(one["endpoints"])}
         for one in shown["services"]
     ]
-    columns = ("namespace", "name", "type", "cluster_ips", "ports", "node_ports", "load_balancer", "endpoints")
+    columns = ("namespace", "name", "type", "cluster_ips", "load_balancer", "ports", "endpoints")
     _table(console, "services", services, columns)
 
 
@@ -170,9 +170,10 @@ def _proxy_words(said: Object) -> str:
 
 
 def port_words(port: Object) -> str:
-    """A port and where it leads: `80→http/TCP`."""
+    """A port, its node port, and where it leads: `80:30080→http/TCP`."""
     leads = "" if port.get("targetPort", port["port"]) == port["port"] else f"→{port['targetPort']}"
-    return f"{port['port']}{leads}/{port.get('protocol', 'TCP')}"
+    at_node = f":{port['nodePort']}" if port.get("nodePort") else ""
+    return f"{port['port']}{at_node}{leads}/{port.get('protocol', 'TCP')}"
 
 
 def endpoints_words(endpoints: list[Object]) -> str:
