@@ -7,7 +7,7 @@ A token bucket (tbf) needs a queue, and a queue a device that sends. So each lim
 hands what it has sent back to where it was taken from. Ours are taken by a chain of nftables at the wire's end on the
 node, and not by tc, because a link has one root queue and one ingress hook of tc: the reference plugin `bandwidth`
 insists on making both itself, and would fail after us. This way both may limit one pod, and the lower limit counts.
-The queue is on the node, where nobody in the pod can take it away.
+The queue is on the node, where nobody in the pod can take it away. What else was thought of: docs/adr/0008.
 
 **Which limit.** Rates are bits a second, bursts are bits, as the capability has it; the configuration's own keys go
 before those of the runtime, as the reference has it. What may wait in a queue is what the rate sends in 25 ms, and the
