@@ -58,10 +58,7 @@ class PodwireNode:
 
     def memory(self) -> Memory:
         """The daemon's memory now."""
-        proc = Path(f"/proc/{self._process.pid}")
-        text = (proc / "status").read_text() + (proc / "smaps_rollup").read_text()
-        found = dict(re.findall(r"^(VmRSS|VmHWM|Pss):\s+(\d+) kB$", text, re.MULTILINE))
-        return Memory({name: int(kilobytes) * 1024 / 1e6 for name, kilobytes in found.items()})
+        return memory_of(self._process.pid)
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of the daemon's HTTP answer. Raises OSError while it does not listen."""
@@ -82,6 +79,14 @@ class PodwireNode:
                     return
             time.sleep(0.05)
         raise BenchFailed(f"the daemon is not ready: {said}{log.read_text(errors='replace')[-1500:]}")
+
+
+def memory_of(pid: int) -> Memory:
+    """A process's memory now."""
+    proc = Path(f"/proc/{pid}")
+    text = (proc / "status").read_text() + (proc / "smaps_rollup").read_text()
+    found = dict(re.findall(r"^(VmRSS|VmHWM|Pss):\s+(\d+) kB$", text, re.MULTILINE))
+    return Memory({name: int(kilobytes) * 1024 / 1e6 for name, kilobytes in found.items()})
 
 
 def parse_phases(exposition: str) -> dict[tuple[str, str], float]:
@@ -159,10 +164,11 @@ def daemon_on(
             node.wait_ready(log_path)
             yield node
         finally:
-            _stop(process)
+            stop(process)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that was started here."""
     process.terminate()
     try:
         process.wait(_STOPPED_WITHIN)

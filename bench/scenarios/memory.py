@@ -7,8 +7,9 @@ processes share (libraries); Pss counts those by the share.
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
-from bench.podwire_node import Memory, PodwireNode, podwire_node
+from bench.podwire_node import Memory, podwire_node
 from bench.report import Bound, Report, Table, milliseconds
 from bench.stage import Stage
 from bench.statistic import median
@@ -58,8 +59,16 @@ def run(stage: Stage, rounds: int) -> Report:
     )
 
 
-def settled(node: PodwireNode) -> Memory:
-    """The daemon's memory once it has not moved for a while."""
+class Measurable(Protocol):
+    """A process that says how much memory it has."""
+
+    def memory(self) -> Memory:
+        """Its memory now."""
+        ...
+
+
+def settled(node: Measurable) -> Memory:
+    """A process's memory once it has not moved for a while."""
     deadline = time.monotonic() + _SETTLED_WITHIN
     seen, since = node.memory(), time.monotonic()
     while time.monotonic() - since < _CALM and time.monotonic() < deadline:
