@@ -9,7 +9,7 @@ iptables to the same texts.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kube_proxy_lite.render.interface import ApplyFailed
 from kube_proxy_lite.render.iptables_listing import Listing, is_own, parse
@@ -18,6 +18,7 @@ from kube_proxy_lite.render.iptables_transactions import Transaction
 _KERNELS = {
     "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
     "filter": ("INPUT", "FORWARD", "OUTPUT"),
+    "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),
 }
 _TARGETS = ("ACCEPT", "DROP", "REJECT", "RETURN", "MARK", "MASQUERADE", "DNAT")
 _LONGEST = 28
@@ -28,7 +29,10 @@ Table = dict[str, list[str]]
 class FakeIptables:
     """Both families' tables: version → table → chain → rules."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: Callable[[str, str], bool] = is_own, prefix: str = "KUBE-") -> None:
+        """`own` says of (table, chain) whether it is ours; the names of ours begin with `prefix`."""
+        self._own = own
+        self._prefix = prefix
         self.tables: dict[int, dict[str, Table]] = {
             version: {table: {name: [] for name in names} for table, names in _KERNELS.items()} for version in (4, 6)
         }
@@ -51,7 +55,7 @@ class FakeIptables:
                         _check_target(table, chain, rule)
                 self.tables[version][name] = table
             else:
-                _do(name, table, line)
+                self._do(name, table, line)
 
     def save(self, version: int) -> str:
         """What iptables-save prints."""
@@ -65,35 +69,34 @@ class FakeIptables:
 
     def listing(self) -> dict[int, Listing]:
         """What the applier would read."""
-        return {version: parse(self.save(version)) for version in self.tables}
+        return {version: parse(self.save(version), self._own, self._prefix) for version in self.tables}
 
-
-def _do(name: str, table: Table, line: str) -> None:
-    verb, _, rest = line.partition(" ")
-    if line.startswith(":"):
-        chain = line[1:].removesuffix(" - [0:0]")
-        if not is_own(name, chain) or len(chain) > _LONGEST:
-            raise ApplyFailed(f"{line!r}: a chain that is not ours, or cannot be")
-        table[chain] = []
-        return
-    chain, _, rule = rest.partition(" ")
-    if chain not in table:
-        raise ApplyFailed(f"{line!r}: no such chain")
-    if verb in ("-I", "-D") and chain in _KERNELS[name] and _leads_to(rule).startswith("KUBE-"):
-        if verb == "-I":
-            table[chain].insert(0, rule)
-        elif rule in table[chain]:
-            table[chain].remove(rule)
+    def _do(self, name: str, table: Table, line: str) -> None:
+        verb, _, rest = line.partition(" ")
+        if line.startswith(":"):
+            chain = line[1:].removesuffix(" - [0:0]")
+            if not self._own(name, chain) or len(chain) > _LONGEST:
+                raise ApplyFailed(f"{line!r}: a chain that is not ours, or cannot be")
+            table[chain] = []
+            return
+        chain, _, rule = rest.partition(" ")
+        if chain not in table:
+            raise ApplyFailed(f"{line!r}: no such chain")
+        if verb in ("-I", "-D") and chain in _KERNELS[name] and _leads_to(rule).startswith(self._prefix):
+            if verb == "-I":
+                table[chain].insert(0, rule)
+            elif rule in table[chain]:
+                table[chain].remove(rule)
+            else:
+                raise ApplyFailed(f"{line!r}: no such rule")
+        elif verb == "-A" and self._own(name, chain):
+            table[chain].append(rule)
+        elif verb == "-X" and self._own(name, chain):
+            if table[chain] or any(_leads_to(each) == chain for rules in table.values() for each in rules):
+                raise ApplyFailed(f"{line!r}: the chain is not empty, or in use")
+            del table[chain]
         else:
-            raise ApplyFailed(f"{line!r}: no such rule")
-    elif verb == "-A" and is_own(name, chain):
-        table[chain].append(rule)
-    elif verb == "-X" and is_own(name, chain):
-        if table[chain] or any(_leads_to(each) == chain for rules in table.values() for each in rules):
-            raise ApplyFailed(f"{line!r}: the chain is not empty, or in use")
-        del table[chain]
-    else:
-        raise ApplyFailed(f"{line!r} is not ours to do")
+            raise ApplyFailed(f"{line!r} is not ours to do")
 
 
 def _check_target(table: Table, chain: str, rule: str) -> None:

@@ -14,9 +14,11 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from kube_proxy_lite.apply.policy_iptables import PolicyIptablesApplier
 from kube_proxy_lite.apply.policy_nftables import PolicyApplier
 from kube_proxy_lite.model import Network
 from kube_proxy_lite.policy.policies import Policies
+from kube_proxy_lite.render.policy_iptables import PolicyIptablesRenderer
 from kube_proxy_lite.render.policy_nftables import PolicyRenderer
 from tests.netns.probes import Prober
 from tests.policy_cases import BASE, NAMESPACES, PODS, PORTS, Step, address
@@ -36,7 +38,9 @@ def node_of(home: str) -> str:
 class PolicyStage:
     """The namespaces, named with `prefix`. Use as a context manager."""
 
-    def __init__(self, prefix: str = "pwpol") -> None:
+    def __init__(self, mode: str = "nft", prefix: str = "pwpol") -> None:
+        """`mode` is what enforces: nft, or iptables-nft or iptables-legacy."""
+        self.mode = mode
         self.prefix = prefix
         self.prober = Prober()
         self._loop = asyncio.new_event_loop()
@@ -62,9 +66,12 @@ class PolicyStage:
         """The name of a namespace: of "node1", or of "x.a"."""
         return f"{self.prefix}.{role}"
 
-    def nft(self, node: str) -> tuple[str, ...]:
-        """The nft of a node."""
-        return ("nsenter", f"--net=/run/netns/{self.name(node)}", "--", "nft")
+    def enforcer(self, node: str) -> tuple[Any, Any]:
+        """A renderer, and an applier for a node."""
+        there = ("nsenter", f"--net=/run/netns/{self.name(node)}", "--")
+        if self.mode == "nft":
+            return PolicyRenderer(), PolicyApplier((*there, "nft"))
+        return PolicyIptablesRenderer(), PolicyIptablesApplier(there, backend=self.mode.removeprefix("iptables-"))
 
     def forget_connections(self) -> None:
         """Empties conntrack on both nodes: a probe whose source port was used before would be taken for an old flow."""
@@ -142,8 +149,10 @@ class Enforcement:
         self.world = World(BASE)
         self._stage = stage
         self._policies = {node: Policies(node) for node in NODES}
-        self._renderers = {node: PolicyRenderer() for node in NODES}
-        self._appliers = {node: PolicyApplier(stage.nft(node)) for node in NODES}
+        self._renderers: dict[str, Any] = {}
+        self._appliers: dict[str, Any] = {}
+        for node in NODES:
+            self._renderers[node], self._appliers[node] = stage.enforcer(node)
         for manifest in BASE:
             for policies in self._policies.values():
                 put(policies, manifest)
@@ -166,14 +175,15 @@ class Enforcement:
             self._stage.wait(self._appliers[node].apply(self._update(node)))
         self._stage.forget_connections()
 
-    def drift(self, node: str) -> tuple[str, ...]:
+    def drift(self, node: str) -> tuple[Any, ...]:
         """What a look at the kernel finds to be done."""
         return self._renderers[node].resync(self._stage.wait(self._appliers[node].read()))
 
-    def _update(self, node: str) -> tuple[str, ...]:
+    def _update(self, node: str) -> tuple[Any, ...]:
         policies = self._policies[node]
         blocks: frozenset[Network] = frozenset()
-        return self._renderers[node].update(policies.drain(), blocks)
+        found: tuple[Any, ...] = self._renderers[node].update(policies.drain(), blocks)
+        return found
 
 
 def _run(*command: str) -> None:

@@ -18,9 +18,12 @@ from tests.policy_cases import CASES, NAMESPACES, PODS, PORTS, Step, address
 PLACES = [(home, pod) for home in NAMESPACES for pod in PODS]
 
 
-@pytest.fixture(scope="module")
-def stage() -> Iterator[PolicyStage]:
-    with PolicyStage() as made:
+MODES = ("nft", "iptables-nft", "iptables-legacy")
+
+
+@pytest.fixture(scope="module", params=MODES)
+def stage(request: pytest.FixtureRequest) -> Iterator[PolicyStage]:
+    with PolicyStage(request.param) as made:
         yield made
 
 
