@@ -112,25 +112,37 @@ class PolicySync:
     # --- the daemon's pods (attached.Follower)
 
     def attached(self, pods: Iterable[Attached], everything: bool) -> None:
-        """Pods were attached; `everything` that these are all."""
-        pods = list(pods)
+        """Pods were attached; `everything` that these are all, and that numbers begin anew: a daemon that was started
+        again gives them out from the first."""
+        former = list(self._attached.values()) if everything else []
         if everything:
-            self.gone(self._attached.keys() - {pod.number for pod in pods})
+            self._attached.clear()
+            self._unsettled.clear()
+        pods = list(pods)
         deadline = asyncio.get_running_loop().time() + self._patience
         for pod in pods:
             self._attached[pod.number] = pod
             self._unsettled[pod.number] = deadline
             self.policies.attach(pod.key, pod.uid, pod.addresses)
+        self._detach(former)
         self._request()
 
     def gone(self, numbers: Iterable[int]) -> None:
         """Attachments are gone."""
+        left = []
         for number in list(numbers):
-            pod = self._attached.pop(number, None)
             self._unsettled.pop(number, None)
-            if pod is not None and not any(each.key == pod.key for each in self._attached.values()):
-                self.policies.detach(pod.key)
+            if number in self._attached:
+                left.append(self._attached.pop(number))
+        self._detach(left)
         self._request()
+
+    def _detach(self, pods: Iterable[Attached]) -> None:
+        """Those of `pods` that have no other attachment are the API's to describe again."""
+        there = {pod.key for pod in self._attached.values()}
+        for pod in pods:
+            if pod.key not in there:
+                self.policies.detach(pod.key)
 
     def blocks(self, blocks: frozenset[Network]) -> None:
         """The node's blocks of addresses."""

@@ -265,6 +265,21 @@ def test_what_the_daemon_no_longer_has_is_forgotten() -> None:
     play(story)
 
 
+def test_a_daemon_that_was_started_again_counts_from_one() -> None:
+    async def story(stage: Stage) -> None:
+        stage.say(*BASE, policy("x/deny"))
+        await until(lambda: stage.sync.synced)
+        stage.attach(1, "x/a")
+        await until(lambda: stage.settled == [1])
+        stage.attach(1, "x/b", everything=True)
+        await until(lambda: stage.settled == [1, 1])
+        known = stage.sync.policies.pod(("x", "a"))
+        assert known is not None
+        assert stage.sync.policies.addresses(known)[0] == XA
+
+    play(story)
+
+
 def connection(source: str, destination: str, port: int = 80) -> Connection:
     """A TCP connection between two pods."""
     ends = [int(ipaddress.ip_address(at(each))) for each in (source, destination)]
