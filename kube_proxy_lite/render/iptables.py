@@ -19,7 +19,7 @@ our own jumps.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from kube_proxy_lite.model import PortKey, PortPlan, Settings
 from kube_proxy_lite.render.interface import Changes, ClusterIPs
@@ -39,9 +39,10 @@ from kube_proxy_lite.render.iptables_chains import (
 )
 from kube_proxy_lite.render.iptables_listing import MARKER, Chain, Listing, Listings, is_same
 from kube_proxy_lite.render.iptables_transactions import LIMIT, TABLES, Batch, Transaction
-from kube_proxy_lite.render.iptables_tree import AddressTree, Chains, Ports, Rules, Target
+from kube_proxy_lite.render.iptables_tree import AddressTree, Parts, Ports, Rules, Target
 
 Transactions = tuple[Transaction, ...]
+Rendered = dict[Chain, Rules | Callable[[], Rules]]
 SHAPE = "podwire iptables shape 1"
 """What the marker says; another number for chains that mean something else."""
 
@@ -160,23 +161,23 @@ class _Family:
 
     # --- Rendering ----------------------------------------------------------------------------------------------
 
-    def render(self) -> dict[Chain, Rules]:
+    def render(self) -> Rendered:
         """Every chain."""
         found = self._shared() | self._chains(self._plans.values(), None)
         found["nat", MARKER] = (f'-m comment --comment "{SHAPE}" -j RETURN',)
         return found
 
-    def _constant(self) -> dict[Chain, Rules]:
+    def _constant(self) -> Rendered:
         """The chains that are always there, and the roots of the trees."""
         return self._shared() | self._chains((), ())
 
-    def _shared(self) -> dict[Chain, Rules]:
+    def _shared(self) -> Rendered:
         shared = shared_chains(self._settings, self.version, self._health_ports)
         return {(table, name): rules for table, chains in shared.items() for name, rules in chains.items()}
 
-    def _chains(self, plans: Iterable[PortPlan], touched: Collection[Entry] | None) -> dict[Chain, Rules]:
+    def _chains(self, plans: Iterable[PortPlan], touched: Collection[Entry] | None) -> Rendered:
         """The chains of some plans and of the boards; of these, given `touched`, what can have changed."""
-        found: dict[Chain, Rules] = {}
+        found: Rendered = {}
         for plan in plans:
             for table, chains in service_chains(plan, self._settings).items():
                 for name, rules in chains.items():
@@ -185,10 +186,10 @@ class _Family:
             found |= self._board_chains(board, touched)
         return found
 
-    def _board_chains(self, board: Board, touched: Collection[Entry] | None) -> dict[Chain, Rules]:
+    def _board_chains(self, board: Board, touched: Collection[Entry] | None) -> Rendered:
         tree = self._boards[board]
         here = None if touched is None else [entry for entry in touched if entry[0] == board]
-        chains: Chains
+        chains: Parts
         if isinstance(tree, Ports):
             chains = tree.chains(None if here is None else [(protocol, port) for _, _, protocol, port in here])
             chains[board.root] = tree.entries()
@@ -209,7 +210,7 @@ class _Family:
     def resync(self, there: Listing) -> Batch:
         batch = Batch(self.version)
         wanted = self.render()
-        for chain, rules in wanted.items():
+        for chain, rules in _difference(self.version, there.chains, wanted).written.items():
             found = there.chains.get(chain)
             if found is None or not is_same(rules, found):
                 batch.written[chain] = rules
@@ -233,9 +234,14 @@ def removal(version: int, there: Listing) -> Transactions:
     return batch.transactions()
 
 
-def _difference(version: int, before: Mapping[Chain, Rules], after: Mapping[Chain, Rules]) -> Batch:
+def _difference(version: int, before: Mapping[Chain, object], after: Rendered) -> Batch:
     batch = Batch(version)
-    batch.written = {chain: rules for chain, rules in after.items() if before.get(chain) != rules}
+    for chain, rules in after.items():
+        if isinstance(rules, tuple):
+            if before.get(chain) != rules:
+                batch.written[chain] = rules
+        elif chain not in before:
+            batch.written[chain] = rules()
     batch.removed = [chain for chain in before if chain not in after]
     return batch
 

@@ -20,7 +20,8 @@ import ipaddress
 from abc import ABC, abstractmethod
 from base64 import b32encode
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 
 from kube_proxy_lite.model import Protocol
 from kube_proxy_lite.render.nftables_elements import address_text
@@ -30,6 +31,8 @@ LEAF = 8
 Rules = tuple[str, ...]
 Chains = dict[str, Rules]
 """Chain → rules, with chains that are referred to before those that refer to them."""
+Parts = dict[str, Rules | Callable[[], Rules]]
+"""The same, where rules may be what makes them when they are asked for."""
 Target = tuple[str, str]
 """What a rule says of whom it is for, and where it leads: comment, `-j CHAIN`."""
 WORDS = {Protocol.TCP: "tcp", Protocol.UDP: "udp", Protocol.SCTP: "sctp"}
@@ -59,7 +62,7 @@ class Tree(ABC):
     def match(self, prefix: int, length: int) -> str:
         """What a rule must match to be for those keys; ends in a blank unless it is empty."""
 
-    def below(self, key: int) -> Chains:  # noqa: ARG002
+    def below(self, key: int) -> Parts:  # noqa: ARG002
         """Chains that the rules of one key lead to."""
         return {}
 
@@ -78,32 +81,48 @@ class Tree(ABC):
         prefix, length = self._prefix(0, len(self.keys))
         return self.match(prefix, length), self.chain(prefix, length)
 
-    def chains(self, touched: Collection[int] | None = None) -> Chains:
-        """All chains; given `touched`, those that hold one of these keys, and the chains that these lead to."""
-        found: Chains = {}
+    def chains(self, touched: Collection[int] | None = None) -> Parts:
+        """All chains; given `touched`, those that hold one of these keys, and the chains that these lead to.
+
+        Of the latter there is what would make their rules: they are asked for where such a chain is new.
+        """
+        found: Parts = {}
         if self.keys:
             self._visit(0, len(self.keys), None if touched is None else sorted(touched), found)
         return found
 
-    def _visit(self, low: int, high: int, touched: list[int] | None, found: Chains) -> None:
+    def _visit(self, low: int, high: int, touched: list[int] | None, found: Parts) -> None:
         prefix, length = self._prefix(low, high)
         if touched is not None:
             shift = self.width - length
             first, last = bisect_left(touched, prefix << shift), bisect_left(touched, (prefix + 1) << shift)
             touched = touched[first:last]
+        for start, end in self._parts(low, high) if touched is None or touched else ():
+            if end - start > 1:
+                if touched is None or self._holds(start, end, touched):
+                    self._visit(start, end, touched, found)
+                else:
+                    found[self.chain(*self._prefix(start, end))] = partial(self._rules, start, end)
+            elif touched is None or self.keys[start] in touched:
+                found.update(self.below(self.keys[start]))
+        found[self.chain(prefix, length)] = self._rules(low, high)
+
+    def _rules(self, low: int, high: int) -> Rules:
         rules: list[str] = []
         for start, end in self._parts(low, high):
             if end - start == 1:
-                key = self.keys[start]
-                rules += self.rules(key)
-                if touched is None or key in touched:
-                    found.update(self.below(key))
-                continue
-            child, child_length = self._prefix(start, end)
-            rules.append(f"{self.match(child, child_length)}-g {self.chain(child, child_length)}")
-            if touched is None or touched:
-                self._visit(start, end, touched, found)
-        found[self.chain(prefix, length)] = tuple(rules)
+                rules += self.rules(self.keys[start])
+            else:
+                child = self._prefix(start, end)
+                rules.append(f"{self.match(*child)}-g {self.chain(*child)}")
+        return tuple(rules)
+
+    def _holds(self, low: int, high: int, touched: list[int]) -> bool:
+        """Whether one of `touched` begins as keys[low:high] do."""
+        prefix, length = self._prefix(low, high)
+        shift = self.width - length
+        at = bisect_left(touched, prefix << shift)
+        return at < len(touched) and touched[at] >> shift == prefix
 
     def _prefix(self, low: int, high: int) -> tuple[int, int]:
         """What keys[low:high] have in common, in steps of BITS: the number that it is, and its length."""
@@ -184,9 +203,9 @@ class Ports:
         roots = (tree.root() for _, tree in sorted(self.trees.items()))
         return tuple(f"{match}-g {chain}" for match, chain in filter(None, roots))
 
-    def chains(self, touched: Collection[tuple[Protocol, int]] | None = None) -> Chains:
+    def chains(self, touched: Collection[tuple[Protocol, int]] | None = None) -> Parts:
         """As Tree.chains."""
-        found: Chains = {}
+        found: Parts = {}
         for protocol, tree in self.trees.items():
             keys = None if touched is None else {port for each, port in touched if each is protocol}
             if keys is None or keys:
@@ -220,7 +239,7 @@ class AddressTree(Tree):
             return (f"{match}-g {self._own_chain(key)}",)
         return ports.rules(match)
 
-    def below(self, key: int) -> Chains:
+    def below(self, key: int) -> Parts:
         ports = self._ports[key]
         if len(ports) <= LEAF:
             return {}

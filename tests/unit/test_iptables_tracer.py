@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import random
 
 import msgspec
 import pytest
@@ -258,6 +259,34 @@ def test_a_change_looks_at_its_own_paths_through_the_trees() -> None:
     for number in (0, 2500, 4999):
         assert len(tree.chains({int(address("10.96.0.0")) + number * 37})) < 50
     assert len(tree.chains(set())) == 1
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_tree_that_changes_is_as_from_scratch(seed: int, version: int) -> None:
+    """What is told of a change is enough, whatever divides and joins: addresses far from each other and near, with one
+    port and with many."""
+    dice, tree = random.Random(seed), AddressTree("test", version)
+    there: set[int] = set()
+    chains: dict[str, object] = {}
+    near = int(address("10.96.0.0", version))
+    places = sorted(
+        {near + dice.randrange(1 << dice.choice((4, 8, 12, 20, 31))) for _ in range(dice.choice((40, 300)))}
+    )
+    for _ in range(40):
+        changed = set(dice.sample(places, dice.choice((1, 1, 2, 30))))
+        before = tree.chains(changed)
+        for key in changed:
+            for port in (80,) if key % 3 else range(12):
+                tree.set(key, Protocol.TCP, port, None if key in there else ("a comment", "-j RETURN"))
+        there ^= changed
+        after = tree.chains(changed)
+        for name, rules in after.items():
+            if isinstance(rules, tuple) or name not in before:
+                chains[name] = rules if isinstance(rules, tuple) else rules()
+        for name in before.keys() - after.keys():
+            del chains[name]
+        assert chains == tree.chains()
 
 
 def test_who_is_remembered_goes_back() -> None:
