@@ -22,6 +22,7 @@ COMMANDS = {
     "status": "what the daemon of this node says about itself",
     "ipam": "what etcd, journal, kernel and runtime say about this node, side by side",
     "cluster": "what holds for all nodes; change how they reach each other's pods",
+    "service": "Services as a node sees them; where a connection would go",
     "node": "the nodes of the cluster; forget one that is gone for good",
     "policy": "what NetworkPolicies let pass: one flow, or all pods by all pods",
 }
