@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from kube_proxy_lite.apply.processes import Processes
@@ -27,9 +28,15 @@ from kube_proxy_lite.render.iptables_transactions import TABLES, Transaction, jo
 LOCK_SECONDS = 5
 _SECONDS = 120.0
 _PROGRAMS = {4: "iptables", 6: "ip6tables"}
+_IPV6 = Path("/proc/net/if_inet6")
 _HINTS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
 BACKENDS = ("nft", "legacy")
 T = TypeVar("T")
+
+
+def families() -> tuple[int, ...]:
+    """The versions of IP that this node has; without the second one, ip6tables has no tables."""
+    return (4, 6) if _IPV6.exists() else (4,)
 
 
 class IptablesApplier:

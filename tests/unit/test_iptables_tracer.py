@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import random
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from kube_proxy_lite.apply.iptables_fake import FakeIptables
-from kube_proxy_lite.model import Frontend, FrontendKind, PortPlan, Protocol, Settings, Source, Verdict, decide
+from kube_proxy_lite.model import (
+    Frontend,
+    FrontendKind,
+    PortPlan,
+    Protocol,
+    Settings,
+    Source,
+    Verdict,
+    decide,
+    is_allowed,
+)
 from kube_proxy_lite.render.iptables import IptablesRenderer
 from kube_proxy_lite.render.iptables_chains import BadInterface, Names
 from kube_proxy_lite.render.iptables_tracer import chances, trace
@@ -30,6 +44,7 @@ from tests.unit.service_cases import (
     network,
     plan,
 )
+from tests.unit.test_iptables_renderer import PLANS
 
 
 def kernel(*plans: PortPlan, settings: Settings = SETTINGS) -> FakeIptables:
@@ -80,6 +95,29 @@ def test_every_flow_of_the_matrix(settings: Settings, affinity: int) -> None:
         if got != expected(made, frontend, source, settings):
             wrong[name] = (got, expected(made, frontend, source, settings))
     assert wrong == {}
+
+
+@given(plans=st.lists(PLANS, min_size=1, max_size=4), variant=st.sampled_from(list(VARIANTS)))
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_any_services_together_fare_as_the_model_says(plans: list[PortPlan], variant: str) -> None:
+    settings = VARIANTS[variant]
+    together = {each.key.service: each for each in plans}  # those of one name ask for the same places
+    fake = kernel(*together.values(), settings=settings)
+    for made in together.values():
+        version = made.key.version
+        for frontend, source in itertools.product(made.frontends, Source):
+            client = address(CLIENTS[source], version)
+            asked = Packet(
+                source=client,
+                destination=frontend.address or address("10.0.1.1", version),
+                protocol=made.key.protocol,
+                port=frontend.port,
+                interface=INTERFACES[source],
+            )
+            wanted = expected(made, frontend, source, settings)
+            if not is_allowed(frontend, client):
+                wanted = frozenset({Outcome("drop")})
+            assert outcomes(fake, version, asked) == wanted, (made, frontend, source)
 
 
 def with_node_ports_on(text: str) -> Settings:
