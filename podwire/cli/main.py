@@ -25,6 +25,7 @@ COMMANDS = {
     "service": "Services as a node sees them; where a connection would go",
     "node": "the nodes of the cluster; forget one that is gone for good",
     "policy": "what NetworkPolicies let pass: one flow, or all pods by all pods",
+    "explain": "the way from a pod to another, to a Service or to an address, hop by hop, and which hop fails",
 }
 
 

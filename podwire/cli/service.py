@@ -4,8 +4,8 @@
     show NAME                what clients of each kind meet at each of its places, on this node
     trace FROM TO:PORT       the way of a connection, hop by hop; on the node, or in a lab, held against the kernel
 
-It reads the API as the proxy does, with the proxy's configuration, and asks no daemon: it works beside a proxy that does
-not run. In a lab (`--name`) it looks from any of its nodes.
+It reads the API as the proxy does, with the proxy's configuration, and asks no daemon: it works beside a proxy that
+does not run. In a lab (`--name`) it looks from any of its nodes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import ipaddress
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from podwire.kube.objects import EndpointSlice, Service
 from podwire.kube.options import KubeOptions
 
 CONFIG = Path("/etc/podwire/proxy.yaml")
-_VALUE = re.compile(r" : ([^,}]+?)\s*[,}]")
+_WIDTH = 200  # of what is not a terminal
+_VALUE = re.compile(r"elements = \{[^}]* : ([^}]+?) \}")
 Object = dict[str, Any]
 Enter = Callable[[str], Sequence[str] | None]
 """The words before a command that runs on a node of that name; None when it cannot be entered from here."""
@@ -87,7 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         printers = {"list": _print_list, "show": _print_show, "trace": _print_trace}
-        printers[arguments.verb](found, Console(soft_wrap=True, highlight=False, markup=False))
+        width = None if sys.stdout.isatty() else _WIDTH
+        printers[arguments.verb](found, Console(soft_wrap=True, highlight=False, markup=False, width=width))
     return 1 if any(wrong for hop in found.get("hops", ()) for wrong in hop["differs"]) else 0
 
 
@@ -215,9 +218,8 @@ def _print_show(found: Object, console: Console) -> None:
     if not found["plans"]:
         console.print("nothing for a proxy to do: it is headless, an ExternalName, or without a usable port")
     for plan in found["plans"]:
-        console.print(
-            f"\n{plan['port']}" + (f"   a client keeps its endpoint for {plan['affinity']} s" * bool(plan["affinity"]))
-        )
+        kept = f"   a client keeps its endpoint for {plan['affinity']} s" if plan["affinity"] else ""
+        console.print(f"\n{plan['port']}{kept}")
         table = Table("PLACE", "", "FROM PODS", "FROM THIS NODE", "FROM OUTSIDE", "OPEN TO", box=None)
         for one in plan["frontends"]:
             at = f"[{one['address']}]:{one['port']}" if ":" in one["address"] else f"{one['address']}:{one['port']}"
@@ -261,9 +263,7 @@ def find_target(cluster: Cluster, text: str, namespace: str, protocol: Protocol)
         named = {each.name: each.port for each in service.spec.ports or ()}
         first = (service.spec.cluster_ips or (service.spec.cluster_ip,))[0]
         if first in ("", "None"):
-            raise PodwireError(
-                f"Service {'/'.join(service.key)} has no ClusterIP: its pods are connected to by themselves"
-            )
+            raise PodwireError(f"Service {'/'.join(service.key)} has no ClusterIP: name one of its pods instead")
         address, port = ipaddress.ip_address(first), str(named.get(port, port))
     elif address is None:
         address = _address_of(cluster, host, namespace, None)
@@ -327,7 +327,7 @@ def _element(enter: Sequence[str], expected: Expectation) -> str:
     """What the kernel's map says for a key, as the renderer writes it; empty when it has no such element."""
     words = [*enter, "nft", "get", "element", *expected.table.split(), expected.map, f"{{ {expected.key} }}"]
     said = subprocess.run(words, capture_output=True, text=True, check=False)
-    found = _VALUE.search(said.stdout)
+    found = _VALUE.search(said.stdout)  # one element was asked for, so the last colon is before its value
     return found[1].strip() if found and not said.returncode else ""
 
 

@@ -3,8 +3,8 @@
     origin ─▶ where it enters ─▶ the node's proxy: which place, which verdict, which endpoints ─▶ (another node) ─▶ end
 
 It says what the model says (kube_proxy_lite.model.decide), which is what the rules are rendered from; `expectations` is
-what the node's kernel must then hold, element by element, so that whoever can read the kernel compares. NetworkPolicy is
-not judged here.
+what the node's kernel must then hold, element by element, so that whoever can read the kernel compares. NetworkPolicy
+is not judged here.
 """
 
 from __future__ import annotations
@@ -161,23 +161,19 @@ def _at_node(cluster: Cluster, node: str, origin: Origin, target: Target) -> Ite
     decision = decide(plan, frontend, origin.source, settings)
     expects, slots = expectations(plan, frontend, origin.source, settings)
     if decision.verdict is not Verdict.FORWARD:
-        why = (
-            "it has no endpoints" if decision.verdict is Verdict.REFUSE else f"it is Local, and {node} has no endpoint"
-        )
-        word = "refused" if decision.verdict is Verdict.REFUSE else "dropped"
-        yield Hop(at=node, what=f"{what}: {word}: {why}", expects=expects)
+        refused = decision.verdict is Verdict.REFUSE
+        why = "refused: it has no endpoints" if refused else f"dropped: it is Local, and {node} has no endpoint"
+        yield Hop(at=node, what=f"{what}: {why}", expects=expects)
         return
-    words = [f"one of {len(decision.backends)}" if len(decision.backends) > 1 else "to"]
+    count = len(decision.backends)
+    words = ["to its only endpoint" if count == 1 else f"to one of {count} endpoints"]
     if plan.affinity:
-        words.append(f"(a client keeps its own for {plan.affinity} s)")
-    if decision.masquerade:
-        words.append(f"seen as an address of {node}")
-    else:
-        words.append(f"seen as {origin.address}")
-        if any(backend.address == origin.address for backend in decision.backends):
-            words.append(f"(by itself as {node})")
+        words.append(f"a client keeps its own for {plan.affinity} s")
+    words.append(f"seen as {f'an address of {node}' if decision.masquerade else origin.address}")
+    if not decision.masquerade and any(backend.address == origin.address for backend in decision.backends):
+        words.append(f"by itself as an address of {node}")
     backends = tuple(_backend_words(cluster, backend) for backend in decision.backends)
-    yield Hop(at=node, what=f"{what}: {' '.join(words)}", more=backends, expects=expects, slots=slots)
+    yield Hop(at=node, what=f"{what}: {', '.join(words)}", more=backends, expects=expects, slots=slots)
 
 
 def _past_services(cluster: Cluster, seen: Services, node: str, origin: Origin, target: Target) -> Iterator[Hop]:
