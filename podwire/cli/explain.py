@@ -1,0 +1,84 @@
+"""`podwire explain`: the whole way from a pod to another, to a Service or to an address, hop by hop from the kernel.
+
+In a lab (`--name`) every hop is read back; on a node those of this node, and the others are marked. Nothing is sent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from rich.console import Console
+
+from podwire.cli.agent import add_socket
+from podwire.cli.objects import add_cluster, read_access
+from podwire.errors import PodwireError
+from podwire.explain.cluster import Cluster, Place, PlaceKind, PortWish, read_port
+from podwire.explain.hops import NodeFacts
+from podwire.explain.objects import Objects
+from podwire.explain.path import Path, walk
+from podwire.explain.reading import LabReader, NodeReader, Reader
+from podwire.explain.reading import run as run_steps
+from podwire.explain.report import plain, show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.epilog = "Exits with 0 when no hop fails, 1 when one does, 2 when it cannot be answered."
+    parser.add_argument("source", metavar="POD", help="NAMESPACE/NAME")
+    parser.add_argument("target", metavar="POD|SERVICE|ADDRESS", help="svc/… and pod/… where a name is both")
+    parser.add_argument("port", metavar="PORT[/PROTOCOL]", help="80, 53/UDP, or a port's name")
+    parser.add_argument("-n", "--namespace", default="default", metavar="NS", help="of names without one (%(default)s)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="without the commands")
+    parser.add_argument("-o", dest="output", choices=("text", "json"), default="text", help="default: %(default)s")
+    add_cluster(parser)
+    add_socket(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the path. Returns 0 when nothing fails, 1 when something does, 2 when it cannot be told."""
+    from podwire.explain.live import fetch
+
+    console = Console(highlight=False)
+    try:
+        reader: Reader = LabReader(arguments.name) if arguments.name else NodeReader(arguments.socket)
+        path = explain(
+            fetch(read_access(arguments)),
+            reader,
+            arguments.source,
+            arguments.target,
+            arguments.port,
+            arguments.namespace,
+        )
+    except PodwireError as error:
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"podwire explain: {error}")
+        return 2
+    if arguments.output == "json":
+        print(json.dumps(plain(path), indent=2))
+    else:
+        show(path, console, commands=not arguments.quiet)
+    return 0 if plain(path)["passes"] else 1
+
+
+def explain(objects: Objects, reader: Reader, source: str, target: str, port: str, namespace: str = "default") -> Path:
+    """The path between two places of a cluster. Raises PodwireError for places and ports that there are not."""
+    start = _source(Cluster(objects), source, namespace)
+    nodes = reader.nodes()
+    cluster = Cluster(objects, start.node)
+    _note_nodes(cluster, nodes)
+    wish: PortWish = read_port(port)
+    return run_steps(walk(cluster, nodes, start, cluster.place(target, namespace), wish), reader)
+
+
+def _source(cluster: Cluster, words: str, namespace: str) -> Place:
+    found = cluster.place(words, namespace, source=True)
+    if found.kind is not PlaceKind.POD:
+        raise PodwireError(f"{words} is no pod: a path begins at a pod, whose network can be looked into")
+    return found
+
+
+def _note_nodes(cluster: Cluster, nodes: dict[str, NodeFacts]) -> None:
+    """Tunnels' addresses and those on the underlay are their nodes'."""
+    for facts in nodes.values():
+        for address in (*facts.addresses, *facts.vteps):
+            cluster.node_addresses[address] = facts.name
