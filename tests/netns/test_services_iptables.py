@@ -17,7 +17,7 @@ from kube_proxy_lite.model import FrontendKind, PortPlan, Protocol, Settings, So
 from kube_proxy_lite.render.interface import ApplyFailed
 from kube_proxy_lite.render.iptables import IptablesRenderer
 from kube_proxy_lite.render.iptables_listing import canonical
-from kube_proxy_lite.render.iptables_transactions import Transaction
+from kube_proxy_lite.render.iptables_transactions import TABLES, Transaction
 from tests.netns.node_fixtures import Netns
 from tests.netns.service_stage import Stage, matrix, replace_backends
 from tests.unit.service_cases import LOCAL, LOCAL_2, REMOTE, REMOTE_2, SETTINGS, VARIANTS, address, plan
@@ -197,7 +197,7 @@ def kernels(stage: Stage, mode: Mode, version: int) -> dict[str, dict[str, list[
     """What the kernel has, as the fake has it."""
     tables: dict[str, dict[str, list[str]]] = {}
     program = f"{'iptables' if version == 4 else 'ip6tables'}-{asyncio.run(mode.applier.backend())}-save"
-    for table in ("nat", "filter"):
+    for table in TABLES:
         chains = tables[table] = {}
         for line in stage.node.run(program, "-t", table).splitlines():
             if line.startswith(":"):
@@ -222,7 +222,7 @@ def test_the_kernel_keeps_what_it_is_told_to_the_letter(stage: Stage, mode: Mode
     fake = FakeIptables()
     fake.commit(mode.start(*plans))
     for version in (4, 6):
-        assert kernels(stage, mode, version) == fake.tables[version]
+        assert kernels(stage, mode, version) == {table: fake.tables[version][table] for table in TABLES}
     assert Mode(stage.node, asyncio.run(mode.applier.backend())).start(*plans) == ()
     changes = [plan("big", many[:50], number=5), *plans[:2], of_many_ports(plan("a", number=6), 5)]
     gone = tuple(plans[12:30])
@@ -230,7 +230,7 @@ def test_the_kernel_keeps_what_it_is_told_to_the_letter(stage: Stage, mode: Mode
     asyncio.run(mode.applier.apply(sent))
     fake.commit(sent)
     for version in (4, 6):
-        assert kernels(stage, mode, version) == fake.tables[version]
+        assert kernels(stage, mode, version) == {table: fake.tables[version][table] for table in TABLES}
 
 
 def test_many_pieces_and_one_are_the_same(stage: Stage, mode: Mode) -> None:
