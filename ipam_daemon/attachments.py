@@ -151,6 +151,7 @@ class Attachments:
                 last=next((a for a in last if a in block.cidr), None),
             )
         self._gateways = gateways(self._allocator.blocks)
+        self._podwatch.blocks_changed()
         self.changed.set()
         self._to_reap.set()
 
@@ -187,7 +188,8 @@ class Attachments:
             except Exception:
                 await self._undo(attachment)
                 raise
-            await self._await_policies(attachment)
+            if not self._is_deleted(call):
+                await self._await_policies(attachment)
             if self._is_deleted(call):
                 await self._release(attachment)
                 self._refuse_if_deleted(call)
@@ -201,7 +203,9 @@ class Attachments:
     async def delete(self, call: Call) -> None:
         """Removes the attachment; success when there is none. When it returns, nothing passes the wire any more."""
         self._turns.bury(call.key, call.issued_ns)
-        self._podwatch.interrupt(call.key)
+        under_way = self._journal.get(call.key)
+        if under_way is not None and self._turns.is_buried(call.key, under_way.created_ns):
+            self._podwatch.interrupt(call.key)
         point("del.marked")
         async with self._locked(call):
             attachment = self._journal.get(call.key)

@@ -30,14 +30,12 @@ from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.podwatch import PodWatch
 from ipam_daemon.reconcile import Reconciler
 from ipam_daemon.registry import EtcdRegistry
-from ipam_daemon.server import AgentService, CniService, make_server
+from ipam_daemon.server import AgentService, CniService, end_serving, make_server
 from ipam_daemon.settings import Settings
 from ipam_daemon.status import Status
 from ipam_daemon.wires import Wires
 from podwire.errors import PodwireError
 from podwire.etcd.session import EtcdSession
-
-_GRACE = 60.0  # seconds for calls in flight at the end
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +100,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             await server.start()
             stack.push_async_callback(self._leave)
-            stack.push_async_callback(self._calls.drain)
-            stack.push_async_callback(server.stop, _GRACE)
+            stack.push_async_callback(end_serving, server, self._calls.drain, self._podwatch)
             if self._settings.http_listen:
                 app = health.make_app(self._not_ready, status.refresh_metrics, self._metrics)
                 runner = await health.serve(app, self._settings.http_listen)

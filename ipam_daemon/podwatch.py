@@ -11,7 +11,9 @@ pod (there is no policy about it), or when policies are off (setting `networkPol
 and knows the cluster, or without its answer, the ADD ends after `timeout` seconds with "try again later".
 
 A proxy that comes, or comes back, is told everything. Several may be connected for a moment, while one takes over from
-another; the first that answers counts, since both see the same cluster and write the same rules.
+another; the first that answers counts, since both see the same cluster and write the same rules. One that does not
+listen is let go when a thousand messages wait for it. Numbers begin at the time since boot, so that no process of the
+daemon uses one of an earlier process: a proxy outlives it, and may answer late.
 """
 
 from __future__ import annotations
@@ -22,16 +24,19 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from ipam_daemon.errors import DeletedMeanwhile, TryAgainLater
+from ipam_daemon.identity import boottime_ns
 from ipam_daemon.model import Attachment, AttachmentKey, Network
 from podwire.v1 import policy_pb2, policy_pb2_grpc
 
+_MOST_NEWS = 1000
+
 
 class _Watcher:
-    """A proxy that is connected."""
+    """A proxy that is connected. None among its news ends its call."""
 
     def __init__(self) -> None:
         self.synced = False
-        self.news: asyncio.Queue[policy_pb2.WatchPodsResponse] = asyncio.Queue()
+        self.news: asyncio.Queue[policy_pb2.WatchPodsResponse | None] = asyncio.Queue()
 
 
 class PodWatch(policy_pb2_grpc.PolicyServicer):
@@ -42,16 +47,15 @@ class PodWatch(policy_pb2_grpc.PolicyServicer):
         self.enabled = enabled
         self._timeout = timeout
         self._blocks = blocks
-        self._number = 0
+        self._number = boottime_ns()
         self._pods: dict[AttachmentKey, policy_pb2.AttachedPod] = {}
         self._waiting: dict[int, asyncio.Future[None]] = {}
         self._watchers: set[_Watcher] = set()
-        self._synced = asyncio.Event()
 
     @property
     def hindrance(self) -> str:
         """Why no pod can be settled now; empty when one can, or need not be."""
-        if not self.enabled or self._synced.is_set():
+        if not self.enabled or any(watcher.synced for watcher in self._watchers):
             return ""
         if not self._watchers:
             return "networkPolicy is on, and no podwire-proxy is connected"
@@ -81,21 +85,12 @@ class PodWatch(policy_pb2_grpc.PolicyServicer):
             return
         try:
             async with asyncio.timeout(self._timeout):
-                await self._until_settled(waiting)
+                await waiting
         except TimeoutError as error:
             reason = self.hindrance or "podwire-proxy has not said that the pod's policies are in the kernel"
             raise TryAgainLater(f"{attachment.key}: {reason}, after {self._timeout:g} s") from error
         finally:
             self._waiting.pop(pod.number, None)
-
-    async def _until_settled(self, waiting: asyncio.Future[None]) -> None:
-        synced = asyncio.ensure_future(self._synced.wait())
-        try:
-            first: set[asyncio.Future[Any]] = {synced, waiting}
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-            await waiting
-        finally:
-            synced.cancel()
 
     def interrupt(self, key: AttachmentKey) -> None:
         """An ADD that waits for its pod goes on at once: its DEL has come, and it finds that out."""
@@ -103,6 +98,7 @@ class PodWatch(policy_pb2_grpc.PolicyServicer):
         waiting = self._waiting.get(pod.number) if pod else None
         if waiting is not None and not waiting.done():
             waiting.set_exception(DeletedMeanwhile(f"{key} was deleted while its policies were awaited"))
+            waiting.exception()  # asked for, should the ADD fail before it waits
 
     def withdraw(self, key: AttachmentKey) -> None:
         """The attachment is gone, or will not be; one that was never announced is fine."""
@@ -114,6 +110,17 @@ class PodWatch(policy_pb2_grpc.PolicyServicer):
     def blocks_changed(self) -> None:
         """The node has got a block, or returned one."""
         self._tell(policy_pb2.WatchPodsResponse())
+
+    def close(self) -> None:
+        """The daemon ends: proxies are let go."""
+        for watcher in tuple(self._watchers):
+            self._let_go(watcher)
+
+    def _let_go(self, watcher: _Watcher) -> None:
+        while not watcher.news.empty():
+            watcher.news.get_nowait()
+        watcher.news.put_nowait(None)
+        self._watchers.discard(watcher)
 
     def _add(self, attachment: Attachment) -> policy_pb2.AttachedPod:
         self._number += 1
@@ -128,8 +135,10 @@ class PodWatch(policy_pb2_grpc.PolicyServicer):
         return pod
 
     def _tell(self, news: policy_pb2.WatchPodsResponse) -> None:
-        for watcher in self._watchers:
+        for watcher in tuple(self._watchers):
             watcher.news.put_nowait(self._with_blocks(news))
+            if watcher.news.qsize() > _MOST_NEWS:
+                self._let_go(watcher)
 
     def _with_blocks(self, news: policy_pb2.WatchPodsResponse) -> policy_pb2.WatchPodsResponse:
         del news.blocks[:]
@@ -149,16 +158,11 @@ class PodWatch(policy_pb2_grpc.PolicyServicer):
         listening = asyncio.create_task(self._listen(watcher, request_iterator))
         try:
             yield self._with_blocks(policy_pb2.WatchPodsResponse(all=True, attached=self._pods.values()))
-            while not listening.done():
-                news = asyncio.ensure_future(watcher.news.get())
-                await asyncio.wait({news, listening}, return_when=asyncio.FIRST_COMPLETED)
-                if news.done():
-                    yield news.result()
-                else:
-                    news.cancel()
+            listening.add_done_callback(lambda _: watcher.news.put_nowait(None))
+            while (news := await watcher.news.get()) is not None:
+                yield news
         finally:
             self._watchers.discard(watcher)
-            self._note_synced()
             listening.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await listening
@@ -166,14 +170,7 @@ class PodWatch(policy_pb2_grpc.PolicyServicer):
     async def _listen(self, watcher: _Watcher, requests: AsyncIterator[policy_pb2.WatchPodsRequest]) -> None:
         async for request in requests:
             watcher.synced = request.synced
-            self._note_synced()
             for number in request.settled:
                 waiting = self._waiting.get(number)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(None)
-
-    def _note_synced(self) -> None:
-        if any(watcher.synced for watcher in self._watchers):
-            self._synced.set()
-        else:
-            self._synced.clear()

@@ -32,6 +32,7 @@ from podwire.errors import PodwireError
 from podwire.v1 import agent_pb2, agent_pb2_grpc, cni_pb2, cni_pb2_grpc, policy_pb2_grpc
 
 _LARGEST_MESSAGE = 32 << 20  # bytes; the executable refuses configurations long before that
+_GRACE = 60.0  # seconds for calls in flight at the end
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +175,18 @@ def make_server(
     finally:
         os.umask(before)
     return server
+
+
+async def end_serving(server: Any, drained: Callable[[], Awaitable[object]], podwatch: PodWatch) -> None:
+    """Takes no new call, and returns when those in flight are done (`drained`). Proxies stay until then, since ADDs may
+    wait for them; their own call has no end, and would be waited for."""
+    ending = asyncio.ensure_future(server.stop(_GRACE))
+    try:
+        await drained()
+    finally:
+        podwatch.close()
+        await ending
+        await drained()
 
 
 _STATES = {

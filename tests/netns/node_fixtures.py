@@ -27,12 +27,14 @@ from ipam_daemon.allocator import Layout
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.cni import Call, NetworkConfig
 from ipam_daemon.devices import Devices
+from ipam_daemon.guard import SpoofGuard
 from ipam_daemon.identity import boottime_ns
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import AttachmentKey, Block, Network, PodRef
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.plan import BRIDGE, BridgePlan, mac_of
+from ipam_daemon.podwatch import PodWatch
 from ipam_daemon.reconcile import Reconciler
 from ipam_daemon.wires import Wires
 from podwire import netns
@@ -148,13 +150,21 @@ def bridge_plan(cidr: Network, mtu: int = 1450) -> BridgePlan:
 class Engine:
     """The daemon's attachments on a node: journal, allocator and wires, put together as main.py does."""
 
-    def __init__(self, node: Node, folder: Path, cidr: Network, cooldown: float = COOLDOWN) -> None:
+    def __init__(
+        self,
+        node: Node,
+        folder: Path,
+        cidr: Network,
+        cooldown: float = COOLDOWN,
+        guard: SpoofGuard | None = None,
+        podwatch: PodWatch | None = None,
+    ) -> None:
         self.node = node
         self.folder = folder
         self.cidr = cidr
         self.journal = Journal(folder / "journal.db", "boot-1")
         self.metrics = Metrics()
-        self.wires = Wires(node.thread)
+        self.wires = Wires(node.thread, guard=guard)
         self.now = time.time()
         self.attachments = Attachments(
             journal=self.journal,
@@ -164,6 +174,7 @@ class Engine:
             cooldown=cooldown,
             clock=lambda: self.now,
             nft=("ip", "netns", "exec", node.name, "nft"),
+            podwatch=podwatch,
         )
         self.reconciler = Reconciler(self.journal, self.attachments, self.metrics)
 

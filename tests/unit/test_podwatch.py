@@ -14,12 +14,13 @@ import pytest
 from ipam_daemon.errors import DeletedMeanwhile, TryAgainLater
 from ipam_daemon.model import Attachment, AttachmentKey, PodRef
 from ipam_daemon.podwatch import PodWatch
+from ipam_daemon.server import end_serving
 from kube_proxy_lite.attached import Attached, AttachedPods
 from kube_proxy_lite.model import Network
-from podwire.v1 import policy_pb2_grpc
+from podwire.v1 import policy_pb2, policy_pb2_grpc
 
 PATIENCE = 20.0
-BLOCK = ipaddress.ip_network("10.244.1.0/24")
+BLOCK, OTHER_BLOCK = ipaddress.ip_network("10.244.1.0/24"), ipaddress.ip_network("10.244.9.0/24")
 
 
 def attachment(name: str, pod: str = "web") -> Attachment:
@@ -83,18 +84,19 @@ class Node:
 
     def __init__(self, tmp_path: Path, timeout: float) -> None:
         self.socket = tmp_path / "s"
-        self.watch = PodWatch(True, timeout, lambda: [BLOCK])
-        self._server: Any = None
+        self.blocks = [BLOCK]
+        self.watch = PodWatch(True, timeout, lambda: self.blocks)
+        self.server: Any = None
 
     async def __aenter__(self) -> Node:
-        self._server = grpc.aio.server()
-        policy_pb2_grpc.add_PolicyServicer_to_server(self.watch, self._server)  # type: ignore[no-untyped-call]
-        self._server.add_insecure_port(f"unix:{self.socket}")
-        await self._server.start()
+        self.server = grpc.aio.server()
+        policy_pb2_grpc.add_PolicyServicer_to_server(self.watch, self.server)  # type: ignore[no-untyped-call]
+        self.server.add_insecure_port(f"unix:{self.socket}")
+        await self.server.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._server.stop(0)
+        await self.server.stop(0)
 
     async def add(self, each: Attachment) -> str:
         """An ADD as far as policies are concerned: "answered", or the error's words."""
@@ -269,6 +271,75 @@ def test_many_pods_at_once_are_settled_each_by_its_number(tmp_path: Path) -> Non
         answers = await asyncio.gather(*(node.add(attachment(f"c{n}", pod=f"p{n}")) for n in range(200)))
         assert set(answers) == {"answered"}
         await until(lambda: len(proxy.known) == 200)
+        await proxy.end()
+
+    play(tmp_path, story)
+
+
+def test_a_daemon_that_ends_finishes_its_adds_and_then_lets_its_proxies_go(tmp_path: Path) -> None:
+    """A proxy's call has no end of its own: the end of the daemon must not wait for it."""
+
+    async def story(node: Node) -> None:
+        proxy = Proxy(node.socket, settles=False)
+        adding = asyncio.create_task(node.add(attachment("a")))
+        await proxy.knows("web")
+        ending = asyncio.create_task(end_serving(node.server, lambda: asyncio.wait({adding}), node.watch))
+        await asyncio.sleep(0.1)
+        assert not ending.done()
+        proxy.client.settle(proxy.known)
+        assert await adding == "answered"
+        await asyncio.wait_for(ending, PATIENCE)
+        await until(lambda: not proxy.client.connected)
+        await proxy.end()
+
+    play(tmp_path, story)
+
+
+def test_a_pod_is_not_taken_for_one_of_the_daemon_before(tmp_path: Path) -> None:
+    """Its number is another's in no later process: what was settled for a daemon that is gone says nothing to the next,
+    and a pod that went while none ran is not kept alive by the number of another."""
+
+    async def story(node: Node) -> None:
+        former = PodWatch(True, PATIENCE, lambda: [BLOCK])
+        former.announce(attachment("gone", pod="gone"))
+        node.watch.announce(attachment("new", pod="new"))
+        assert not numbers(former) & numbers(node.watch)
+
+    play(tmp_path, story)
+
+
+def numbers(watch: PodWatch) -> set[int]:
+    """The numbers of the pods that it tells of."""
+    return {pod.number for pod in watch._pods.values()}
+
+
+def test_a_proxy_that_listens_no_more_is_let_go(tmp_path: Path) -> None:
+    """One that hangs must not fill the daemon's memory; it calls again when it goes on."""
+
+    async def story(node: Node) -> None:
+        async with grpc.aio.insecure_channel(f"unix:{node.socket}") as channel:
+            stub = policy_pb2_grpc.PolicyStub(channel)  # type: ignore[no-untyped-call]
+            call = stub.WatchPods()
+            await call.write(policy_pb2.WatchPodsRequest(synced=True))
+            await until(lambda: node.watch.hindrance == "")
+            for each in range(20_000):
+                node.watch.adopt([attachment("a", pod=f"{each:0250}")])
+                node.watch.blocks_changed()
+                if each % 100 == 0:
+                    await asyncio.sleep(0)
+            assert node.watch.hindrance == "networkPolicy is on, and no podwire-proxy is connected"
+            call.cancel()
+
+    play(tmp_path, story)
+
+
+def test_a_block_that_was_returned_is_told_at_once(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        proxy = Proxy(node.socket)
+        await until(lambda: proxy.blocks_seen == {BLOCK})
+        node.blocks.append(OTHER_BLOCK)
+        node.watch.blocks_changed()
+        await until(lambda: proxy.blocks_seen == {BLOCK, OTHER_BLOCK})
         await proxy.end()
 
     play(tmp_path, story)
