@@ -47,6 +47,13 @@ CREATE TABLE IF NOT EXISTS block (cidr TEXT PRIMARY KEY, body BLOB NOT NULL) WIT
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 
+# A version that knows no ports of the node deletes rows of attachments, and theirs would be taken for good.
+_DROP_UNOWNED = """
+DELETE FROM host_port WHERE NOT EXISTS (
+    SELECT 1 FROM attachment WHERE attachment.network = host_port.network
+    AND attachment.container_id = host_port.container_id AND attachment.ifname = host_port.ifname)
+"""
+
 
 class JournalDamaged(PodwireError):
     """The file of a running daemon can no longer be read. The next start sets it aside and rebuilds it."""
@@ -88,6 +95,7 @@ class Journal:
                 for table in ("attachment", "host_port", "releasing", "cooling", "meta"):
                     self._db.execute(f"DELETE FROM {table}")
                 self.set_meta("boot_id", boot_id)
+        self._db.execute(_DROP_UNOWNED)
 
     def _read_all(self) -> None:
         """Rows that cannot be read, of another version perhaps, are damage like any other, and better found now."""

@@ -9,12 +9,14 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ipam_daemon.journal import Journal, Releasing
-from ipam_daemon.model import Attachment, AttachmentKey, AttachmentState, Block, PodRef
+from ipam_daemon.model import Attachment, AttachmentKey, AttachmentState, Block, PodRef, PortMapping
 
 BOOT = "boot-1"
 
@@ -218,4 +220,59 @@ def test_a_killed_process_loses_nothing(path: Path) -> None:
     journal = Journal(path, BOOT)
     assert len(journal.attachments()) == 100
     assert journal.set_aside is None
+    journal.close()
+
+
+FORMER_SCHEMA = """
+CREATE TABLE attachment (
+    network TEXT, container_id TEXT, ifname TEXT, body BLOB NOT NULL,
+    PRIMARY KEY (network, container_id, ifname)) WITHOUT ROWID;
+CREATE TABLE releasing (host_ifname TEXT PRIMARY KEY, addresses TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE cooling (address TEXT PRIMARY KEY, until REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE block (cidr TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+INSERT INTO attachment VALUES ('podnet', 'c1', 'eth0', '{"key":{"network":"podnet","container_id":"c1","ifname":"eth0"},
+    "netns":"/run/netns/c1","host_ifname":"pw0123456789ab","mac":"0a:58:0a:f4:01:03","mtu":1450,
+    "addresses":["10.244.1.3/24"],"pod":{"namespace":"default","name":"web","uid":"u1"},"state":"attached",
+    "created":1700000000.25,"created_ns":12345}');
+INSERT INTO releasing VALUES ('pwba9876543210', '10.244.1.4/24');
+INSERT INTO cooling VALUES ('10.244.1.5', 99.5);
+INSERT INTO block VALUES ('10.244.1.0/24',
+    '{"cidr":"10.244.1.0/24","pool":"default","node":"n","nodeId":"i","generation":3}');
+INSERT INTO meta VALUES ('boot_id', 'boot-1'), ('last', '10.244.1.5'), ('converged', 'yes');
+"""
+
+
+def test_the_journal_of_the_version_before_ports_and_limits_is_read(path: Path) -> None:
+    """As it wrote it: a daemon is upgraded while pods run."""
+    with closing(sqlite3.connect(path)) as former:
+        former.executescript(FORMER_SCHEMA)
+    journal = Journal(path, BOOT)
+    (row,) = journal.attachments()
+    assert (row.key.container_id, row.state, row.port_mappings, bool(row.bandwidth)) == (
+        "c1",
+        AttachmentState.ATTACHED,
+        (),
+        False,
+    )
+    assert [each.host_ifname for each in journal.releasing()] == ["pwba9876543210"]
+    assert list(journal.cooling().values()) == [99.5]
+    assert (journal.blocks(), journal.set_aside, journal.begun) == ((block(),), None, False)
+    journal.close()
+
+
+def test_a_port_of_the_node_is_free_when_a_former_version_has_deleted_its_pod(path: Path) -> None:
+    """That one knows nothing of the table of ports."""
+    mapping = PortMapping(protocol="tcp", host_port=8080, container_port=80)
+    one, other = (msgspec.structs.replace(attachment(each), port_mappings=(mapping,)) for each in ("c1", "c2"))
+    journal = Journal(path, BOOT)
+    journal.intend(one)
+    journal.close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as former:
+        former.execute("DELETE FROM attachment")
+    journal = Journal(path, BOOT)
+    assert journal.claimants("tcp", 8080) == ()
+    journal.intend(other)
+    journal = reopened(journal, path)
+    assert [key.container_id for _, key in journal.claimants("tcp", 8080)] == ["c2"]
     journal.close()
