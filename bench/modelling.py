@@ -15,6 +15,7 @@ import time
 import msgspec
 
 from bench.objects import node, service, slices
+from kube_proxy_lite.main import spare_collector
 from kube_proxy_lite.model import Settings
 from kube_proxy_lite.services import Services
 from podwire.kube.follower import Follower
@@ -25,6 +26,7 @@ _PIECE = 1 << 20
 
 
 def _main(count: int) -> None:
+    spare_collector()
     services = Services(Settings(node="bench"))
     services.set_node(msgspec.convert(node("bench"), Node))
     for number in range(count):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -19,6 +20,7 @@ from podwire import logs
 from podwire.errors import PodwireError
 
 log = logging.getLogger("kube_proxy_lite.main")
+_COLLECT_AFTER = (50_000, 20, 20)  # new objects, and collections of the younger generation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         config = _config(arguments)
         logs.configure(config.log_level)
+        spare_collector()
         asyncio.run(_run(config))
     except (PodwireError, OSError, BaseExceptionGroup) as error:
         for each in _leaves(error):
@@ -39,6 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"podwire-proxy: {each}", file=sys.stderr)
         return 1
     return 0
+
+
+def spare_collector() -> None:
+    """Lets Python's collector of cycles look more rarely, and not at what has been imported.
+
+    What the proxy keeps has no cycles, and at a start it is all new: looked at every 700 objects, as is the default,
+    50,000 slices take a third longer.
+    """
+    gc.freeze()
+    gc.set_threshold(*_COLLECT_AFTER)
 
 
 def _parser() -> argparse.ArgumentParser:

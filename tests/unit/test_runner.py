@@ -178,6 +178,27 @@ def test_without_requests_it_is_looked_at_periodically_too() -> None:
     play(story)
 
 
+def test_looks_at_everything_that_take_long_are_had_more_rarely() -> None:
+    async def story() -> None:
+        looks: list[float] = []
+
+        async def work(resync: bool) -> None:
+            if resync:
+                looks.append(asyncio.get_running_loop().time())
+                await asyncio.sleep(2)
+
+        runner = Runner("w", work, max_interval=10.0)
+
+        async def once() -> None:
+            runner.request()
+            await asyncio.sleep(1000)
+
+        await during(runner, once())
+        assert [round(after - before) for before, after in itertools.pairwise(looks)] == [400, 400]
+
+    play(story)
+
+
 def test_what_failed_is_tried_again_with_a_look_at_everything_and_waits_longer_each_time() -> None:
     async def story() -> None:
         work = Work(failures=6)
