@@ -456,7 +456,7 @@ PLANS = st.builds(
     st.sampled_from(NAMES),
     st.one_of(
         st.sampled_from(list(BACKENDS.values())),
-        st.lists(st.integers(1, 60), unique=True, max_size=40).map(
+        st.lists(st.integers(10, 70), unique=True, max_size=40).map(
             lambda hosts: (
                 tuple(f"10.244.{h % 3}.{h}" for h in hosts),
                 tuple(f"10.244.1.{h}" for h in hosts if h % 3 == 1),
