@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -256,7 +257,7 @@ class Agent:
         before, self._config = self._config.backend, config
         known = encode(config.backend).decode()
         if self._journal.meta(_BACKEND) != known:
-            self._journal.set_meta(_BACKEND, known)
+            self._remember(_BACKEND, known)
         if config.backend != before:
             log.info(
                 "the backend changes", extra={"fields": {"from": _describe(before), "to": _describe(config.backend)}}
@@ -341,8 +342,8 @@ class Agent:
         self._changed.set()
 
     async def _use_owned(self, blocks: Sequence[Block]) -> None:
-        self._journal.set_blocks(blocks)
-        self._journal.set_meta(_SEEN, self._registry.seen())
+        self._journal_blocks(blocks)
+        self._remember(_SEEN, self._registry.seen())
         self._blocks = tuple(blocks)
         self._attachments.use_blocks(blocks)
         if await self._attachments.fence():
@@ -356,7 +357,7 @@ class Agent:
 
     async def _use_blocks(self, blocks: Sequence[Block]) -> None:
         """Makes journal, peers and kernel say that these are the node's blocks; only then are new ones handed out."""
-        self._journal.set_blocks(blocks)
+        self._journal_blocks(blocks)
         point("block.journaled")
         await self._publish(blocks)
         point("block.published")
@@ -364,6 +365,19 @@ class Agent:
         await self._converge(resync=False)
         point("block.plumbed")
         self._attachments.use_blocks(blocks)
+
+    def _journal_blocks(self, blocks: Sequence[Block]) -> None:
+        try:
+            self._journal.set_blocks(blocks)
+        except sqlite3.Error as error:
+            raise TryAgainLater(f"the journal cannot be written: {error}") from error
+
+    def _remember(self, name: str, value: str) -> None:
+        """For the next process. A disk without room costs it this, and this node nothing."""
+        try:
+            self._journal.set_meta(name, value)
+        except sqlite3.Error as error:
+            log.warning("%s cannot be journaled: %s", name, error)
 
     async def _own_blocks(self) -> list[Block]:
         """What etcd says, and what the journal says and etcd has lost. A block that went to another node is gone."""
@@ -425,7 +439,7 @@ class Agent:
                 await asyncio.wait_for(self._changed.wait(), due - clock())
             except TimeoutError:
                 resync = True
-                self._journal.set_meta(_SEEN, self._registry.seen())
+                self._remember(_SEEN, self._registry.seen())
 
     async def _converge(self, resync: bool) -> None:
         async with self._converging:
@@ -442,8 +456,8 @@ class Agent:
         before = plane.plan
         plan = await plane.bring(self._config, self._record(blocks), blocks, self._records, resync)
         if plan.peers is not None:
-            self._journal.set_meta(_CONVERGED, "yes")
-        if self._alone or self._journal.meta(_CONVERGED):
+            self._remember(_CONVERGED, "yes")
+        if self._alone or plan.peers is not None or self._journal.meta(_CONVERGED):
             self._attachments.mtu = plan.mtu
         if resync or before is None or before.mtu != plan.mtu:
             await self._attachments.resize(plan.mtu)

@@ -290,6 +290,8 @@ class Attachments:
                     await self._resize_one(each.key, mtu)
                 except CniError as error:
                     failures.append(error)
+                except sqlite3.Error as error:
+                    failures.append(TryAgainLater(f"the journal cannot be written: {error}"))
         if failures:
             raise failures[0]
 

@@ -55,9 +55,7 @@ class Reconciler:
         What fails is counted and comes again in the next round; the other wires do not wait for it. Raises
         JournalDamaged, which the next daemon's start mends.
         """
-        if self._journal.look_after():
-            self._metrics.repaired("journal", "wrote the journal's file again, which was gone")
-            log.error("the journal's file was gone; it is written again")
+        self._look_after_journal()
         await self._look_at_ports_and_queues(await self._sweep())
         moment = boottime_ns()
         missed = set()
@@ -72,6 +70,14 @@ class Reconciler:
             except (CniError, sqlite3.Error) as error:
                 self._failed(attachment.host_ifname, error)
         self._missed = frozenset(missed)
+
+    def _look_after_journal(self) -> None:
+        try:
+            if self._journal.look_after():
+                self._metrics.repaired("journal", "wrote the journal's file again, which was gone")
+                log.error("the journal's file was gone; it is written again")
+        except sqlite3.OperationalError as error:
+            self._failed("the journal", error)
 
     async def _undo(self, attachment: Attachment, moment: int) -> None:
         if await self._attachments.forget(attachment, moment):

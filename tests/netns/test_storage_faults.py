@@ -185,6 +185,32 @@ def test_without_room_for_the_journal_calls_say_so_and_go_on_when_there_is(
     assert first.call("DEL").error == 0
 
 
+@pytest.mark.fault(
+    "no room under /run, and the node must follow the others",
+    promises=("it follows them, and mends what it has", LOSSLESS),
+)
+def test_without_room_for_the_journal_the_node_is_kept_at_its_plan(
+    disks: Disks, cast: Cast, record_property: Record
+) -> None:
+    """The other nodes do not stop to change because this one has no room to write that it has seen them."""
+    box = cast.boxes[0]
+    full = fill(disks.run)
+    answers: list[Answer] = []
+    while len(answers) < 60 and not any(answer.error for answer in answers):
+        answers += [box.call("ADD"), box.call("DEL")]
+    assert any(answer.error for answer in answers)
+    for _ in range(2):  # the first may have been mended by the round that fails at its end
+        on_node(disks.lab, "node1", "ip", "route", "add", "10.244.250.0/24", "dev", "pw-vxlan", "proto", "80")
+        process.wait_for(lambda: "10.244.250.0" not in routes(disks), PATIENCE, "a route that leads nowhere to go")
+    assert disks.runs()
+    full.unlink()
+    add_again(box, record_property, time.monotonic())
+
+
+def routes(disks: Disks) -> str:
+    return on_node(disks.lab, "node1", "ip", "route").stdout
+
+
 @pytest.mark.fault("no room under /run while the daemon starts", promises=("it says why", FREE, ONCE, LOSSLESS))
 def test_without_room_a_daemon_does_not_start_and_does_later(disks: Disks, cast: Cast, record_property: Record) -> None:
     disks.kill()
