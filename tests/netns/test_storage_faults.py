@@ -199,7 +199,7 @@ def test_without_room_for_the_journal_the_node_is_kept_at_its_plan(
     while len(answers) < 60 and not any(answer.error for answer in answers):
         answers += [box.call("ADD"), box.call("DEL")]
     assert any(answer.error for answer in answers)
-    for _ in range(2):  # the first may have been mended by the round that fails at its end
+    for _ in range(2):  # the round that mends the first must not be the last
         on_node(disks.lab, "node1", "ip", "route", "add", "10.244.250.0/24", "dev", "pw-vxlan", "proto", "80")
         process.wait_for(lambda: "10.244.250.0" not in routes(disks), PATIENCE, "a route that leads nowhere to go")
     assert disks.runs()
