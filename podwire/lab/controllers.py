@@ -23,6 +23,7 @@ from podwire.kube.objects import SERVICE_NAME_LABEL
 from podwire.lab import names
 from podwire.lab.api.errors import ApiError, Conflict, Gone, NotFound
 from podwire.lab.api.kinds import DEPLOYMENTS, ENDPOINT_SLICES, NODES, PODS, REPLICA_SETS, SERVICES
+from podwire.lab.api.service_addresses import Refused
 from podwire.lab.api.store import Store
 from podwire.lab.deployments import is_rolled_out, plan_deployment
 from podwire.lab.endpoints import ZONE_LABEL, plan_endpoint_slices, plan_stray_slices
@@ -51,6 +52,7 @@ class Controllers:
     ) -> None:
         self._store = store
         self._balanced = balanced
+        self._refused: set[tuple[str, str]] = set()  # what has been said, by uid
         self._clock = clock
         self._seen = -1
 
@@ -138,6 +140,11 @@ class Controllers:
         """Does what is planned for one owner; what cannot be done now is planned again by a later pass."""
         try:
             actions = plan()
+        except Refused as refused:
+            if (key := (owner["metadata"]["uid"], str(refused))) not in self._refused:
+                self._refused.add(key)
+                record(self._store, owner, "AllocationFailed", str(refused))
+            return
         except (ApiError, LookupError, TypeError, ValueError, AttributeError) as error:  # an object of a shape that
             _log.exception("%s %s: no plan", owner["kind"], owner["metadata"]["name"])  # admission lets through
             record(self._store, owner, "NoPlan", f"{type(error).__name__}: {error}")

@@ -1,5 +1,6 @@
 """Fixtures of the tests in network namespaces."""
 
 from tests.netns.lab_fixtures import lab
+from tests.netns.service_fixtures import proxied
 
-__all__ = ["lab"]
+__all__ = ["lab", "proxied"]
