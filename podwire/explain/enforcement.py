@@ -62,7 +62,7 @@ def _judged(cluster: Cluster, ruling: Ruling, end: Address, pod: PodFacts | None
         return ok(why)
     names = ", ".join(map(str, ruling.policies))
     other = "to" if ruling.direction is Direction.EGRESS else "from"
-    fix = f"add a rule, to {names} or to a policy of its own, that allows it {other} the other end (`podwire policy test`)"
+    fix = f"add a rule, to {names} or to another policy, that allows it {other} the other end (`podwire policy test`)"
     return fails(f"a policy denies it: {why}", fix)
 
 

@@ -246,7 +246,7 @@ def _to_node_or_outside(journey: _Way, there: Address, protocol: Protocol, port:
         found, _ = yield from way.leave(source.node, own, there, facts, own=source.on_host, way="out")
         hops.append(found)
         if not source.on_host:
-            hops.append((yield from way.masquerade(source.node, own, there)))
+            hops.append((yield from way.masquerade(source.node, own, there, name)))
     if not name:
         end = Hop(title="outside the cluster", where=str(there), findings=(ok("what is there is not Podwire's"),))
         return [*hops, end]

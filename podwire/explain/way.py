@@ -238,10 +238,17 @@ def daemon(facts: NodeFacts) -> Finding:
     return warns(text, f"start podwire-ipamd on {facts.name}; its log says why it ended")
 
 
-def masquerade(node: str, source: Address, destination: Address) -> Steps[Hop]:
-    """What leaves the cluster must leave with the node's address, or the answer goes nowhere."""
+def masquerade(node: str, source: Address, destination: Address, other: str) -> Steps[Hop]:
+    """What leaves the cluster must leave with the node's address, or the answer goes nowhere.
+
+    `other` is the node whose own address the destination is, if it is one: that may know a way back.
+    """
     title = "masquerade"
     version, here = source.version, Where(node)
+    amiss = warns if other else fails
+    fate = (
+        f"{other} sees the pod, and its answer comes past {node}" if other else "nobody outside can answer that address"
+    )
 
     def element(name: str, member: Address) -> Ask:
         return Ask(here, ("nft", "get", "element", "inet", "podwire", f"{name}{version}", f"{{ {member} }}"))
@@ -253,10 +260,10 @@ def masquerade(node: str, source: Address, destination: Address) -> Steps[Hop]:
         return Hop(title=title, where=node, findings=(ok(f"{destination} sees the pod's own address", exempt),))
     local = yield element("local_blocks", source)
     if not local.well:
-        text = f"{source} is in no block that is masqueraded: it leaves with an address that nobody can answer"
-        return Hop(title=title, where=node, findings=(fails(text, _repair(node), local),))
+        text = f"{source} is in no block that is masqueraded, and leaves as it is: {fate}"
+        return Hop(title=title, where=node, findings=(amiss(text, _repair(node), local),))
     chain = yield Ask(here, ("nft", "list", "chain", "inet", "podwire", "postrouting"))
     if not any("masquerade" in line and f"@local_blocks{version}" in line for line in chain.text.splitlines()):
-        text = "the rule that masquerades is missing: the pod leaves with its own address, which nobody can answer"
-        return Hop(title=title, where=node, findings=(fails(text, _repair(node), chain),))
+        text = f"the rule that masquerades is missing, and {source} leaves as it is: {fate}"
+        return Hop(title=title, where=node, findings=(amiss(text, _repair(node), chain),))
     return Hop(title=title, where=node, findings=(ok(f"{destination} sees the address of {node}", chain),))
