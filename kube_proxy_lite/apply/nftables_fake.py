@@ -19,11 +19,12 @@ from kube_proxy_lite.render.nftables_layout import AFFINITY, WORDS, chain_rules
 from kube_proxy_lite.render.nftables_listing import Listing, TableListing
 from kube_proxy_lite.render.nftables_transactions import Transaction
 
-_NAME = r"(ip6? podwire_proxy)"
+_NAME = r"(ip6? podwire_proxy|inet podwire_policy)"
 _COMMANDS = {
     "add_table": re.compile(rf"add table {_NAME}"),
     "delete_table": re.compile(rf"delete table {_NAME}"),
     "add_set": re.compile(rf"add (?:set|map) {_NAME} (\w+) \{{ .+; \}}"),
+    "delete_set": re.compile(rf"delete (?:set|map) {_NAME} (\w+)"),
     "add_base_chain": re.compile(rf"add chain {_NAME} (\w+) \{{ (type .+;) \}}"),
     "add_chain": re.compile(rf"add chain {_NAME} (\w+)"),
     "flush_chain": re.compile(rf"flush chain {_NAME} (\w+)"),
@@ -121,6 +122,9 @@ def _change(name: str, table: TableListing, rest: list[str], line: str) -> None:
     what = rest[0]
     if name == "add_set":
         table.sets.setdefault(what, {})
+    elif name == "delete_set":
+        if table.sets.pop(what, None) is None:
+            raise ApplyFailed(f"{line}: no set")
     elif name in ("add_chain", "add_base_chain"):
         table.chains.setdefault(what, ())
         if name == "add_base_chain":

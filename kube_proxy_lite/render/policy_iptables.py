@@ -18,7 +18,7 @@ before and after.
 Members that come and go without a change of rules are one `ipset restore`. One change needs more: a pod of this node
 whose labels put it in another class and also in other sets. Until 3 its peers would judge it by what it was or by what
 it is, and its own class by what it is. So it is **held** first: judged by both of its classes, one after the other
-(`PODWIRE-HOLD-…`), then 1 to 3, and last by the new one alone. A pod that comes or goes needs no hold where the daemon
+(`PODWIRE-AND-…`), then 1 to 3, and last by the new one alone. A pod that comes or goes needs no hold where the daemon
 has said which blocks are the node's, since an address that is not known is closed there.
 
 Changes of several objects that are in one run pass through states that these changes have in some other order; the API
@@ -291,7 +291,7 @@ class _Family:
         if holding:
             last: Chains = {}
             self._retarget({each: targets[each] for each in holding}, gone, last)
-            gone |= {name: None for name in self._there if name.startswith("PODWIRE-HOLD-")}
+            gone |= {name: None for name in self._there if name.startswith("PODWIRE-AND-")}
             yield "release", self._write(last)
         if gone:
             yield "remove", self._remove(gone)

@@ -51,7 +51,7 @@ def chain_of(name: str) -> str:
 
 def hold_name(before: str, after: str) -> str:
     """The chain of what passes both of two classes' chains."""
-    return name_of("PODWIRE-HOLD-", before, " ", after)
+    return name_of("PODWIRE-AND-", before, " ", after)
 
 
 def hold_rules(before: str, after: str) -> Rules:
@@ -192,7 +192,7 @@ OWN_CHAINS = frozenset({ROOT, NEIGHBOURS, *ROOTS.values()})
 
 def is_own_chain(table: str, name: str) -> bool:
     """Whether a chain is one that this module names."""
-    return table == TABLE and (name in OWN_CHAINS or name.startswith(("PODWIRE-IP-", "PODWIRE-HOLD-", *_CLASSES)))
+    return table == TABLE and (name in OWN_CHAINS or name.startswith(("PODWIRE-IP-", "PODWIRE-AND-", *_CLASSES)))
 
 
 _CLASSES = tuple(f"PODWIRE-{prefix.upper()}-" for prefix in PREFIX.values())
