@@ -1,6 +1,6 @@
 """`make demo`: a lab, and stanza by stanza what it can do. Ends with `demo: OK`, or with what was not as it should be.
 
-    up ─▶ addresses ─▶ reachability ─▶ the wire ─▶ another backend ─▶ down
+    up ─▶ addresses ─▶ reachability ─▶ the wire ─▶ a Service ─▶ another backend ─▶ down
 
 Every stanza is a function of the Stage in STANZAS; a later feature adds its own. A stanza prints what it finds and
 calls `stage.wrong` for what differs from what DESIGN.md says, so that one failure does not hide the next. The lab has
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from rich.table import Table
 from podwire.errors import PodwireError
 from podwire.lab import cluster, names, node, process, state, status, topology
 from podwire.lab.agent import daemon_status
+from podwire.lab.api.kinds import ENDPOINT_SLICES, SERVICES
 from podwire.lab.program import plan_program
 from podwire.lab.state import LabState
 from podwire.lab.talk import Answer, ask
@@ -38,6 +40,8 @@ _WIDTH = 120  # of what is not a terminal
 POD_CIDR = "10.244.0.0/16,fd00:10:244::/56"
 _WEB, _HOST_WEB = 80, 8080
 _CAPTURE_SECONDS = 10
+_REQUESTS = 30
+_SERVICE_SECONDS = 20.0
 
 Object = dict[str, Any]
 
@@ -101,7 +105,26 @@ def _pod(name: str, node: str, on_host: bool) -> Object:
     ports = [{"containerPort": port}, {"containerPort": port, "protocol": "UDP"}]
     container = {"name": "web", "image": "echo", "ports": ports}
     spec: Object = {"nodeName": node, "hostNetwork": on_host, "containers": [container]}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+    labels = {} if on_host or name == "blue" else {"app": "web"}  # blue is the client of the Service
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}, "spec": spec}
+
+
+def demo_services() -> list[Object]:
+    """The same pods behind a Service of each external traffic policy."""
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": f"web-{policy.lower()}"},
+            "spec": {
+                "type": "NodePort",
+                "selector": {"app": "web"},
+                "externalTrafficPolicy": policy,
+                "ports": [{"port": _WEB}],
+            },
+        }
+        for policy in ("Cluster", "Local")
+    ]
 
 
 def start_outside(lab: LabState) -> None:
@@ -227,6 +250,76 @@ def _packet(stage: Stage, wanted: str, source: Place, target: Place) -> str:
     return " ".join(packet)
 
 
+def show_service(stage: Stage) -> None:
+    """A Service: its endpoints, where a pod's requests go, and whom pods see when somebody outside asks."""
+    api = cluster.client(stage.lab)
+    cluster.apply(stage.lab, demo_services())
+    specs = {policy: api.get(SERVICES, f"web-{policy.lower()}", "default")["spec"] for policy in ("Cluster", "Local")}
+    blue, address = stage.pod("blue"), specs["Cluster"]["clusterIP"]
+    for spec in specs.values():
+        _wait_service(blue, spec["clusterIP"])
+    slices = api.list(ENDPOINT_SLICES, labels="kubernetes.io/service-name=web-cluster")
+    ready = [one for each in slices for one in each["endpoints"] if one["conditions"]["ready"]]
+    stage.title(f"A Service: {address}:{_WEB} has {len(ready)} endpoints; blue sends it {_REQUESTS} requests")
+    answers = _requests(stage, blue, address, _WEB)
+    table = _table("endpoint", "node", "address", "requests", "saw the client as")
+    for one in ready:
+        name = one["targetRef"]["name"]
+        got = [answer for answer in answers if answer.pod == name]
+        seen = ", ".join(sorted({answer.client for answer in got}))
+        table.add_row(name, one["nodeName"], one["addresses"][0], f"{len(got):>2} {'▪' * len(got)}", seen)
+    stage.console.print(table)
+    if len(ready) != 3 or not {answer.pod for answer in answers} <= {one["targetRef"]["name"] for one in ready}:
+        stage.wrong(f"a Service of green, red and gold has the endpoints {ready}")
+    if not all(answer.untranslated for answer in answers):
+        stage.wrong("a pod's own address was lost on the way to a ClusterIP")
+    _show_policies(stage, {policy: spec["ports"][0]["nodePort"] for policy, spec in specs.items()})
+
+
+def _show_policies(stage: Stage, node_ports: dict[str, int]) -> None:
+    outside = Place("outside", stage.lab.netns("outside"), (), "")
+    stage.say("")
+    table = _table("externalTrafficPolicy", "outside asks", "answered", "they saw the client as", "")
+    for policy, port in node_ports.items():
+        node1 = stage.node("node1")
+        answers = _requests(stage, outside, node1.of(4), port)
+        counts = Counter(answer.pod for answer in answers)
+        seen, own = {answer.client for answer in answers}, {answer.own for answer in answers}
+        kept = seen == own and set(counts) == {"green"}
+        good = kept if policy == "Local" else bool(seen) and not seen & own
+        if not good:
+            stage.wrong(f"externalTrafficPolicy {policy}: {dict(counts)} answered and saw {seen}, the client is {own}")
+        told = ", ".join(f"{pod} {count}" for pod, count in sorted(counts.items()))
+        mark = "[green]✓[/]" if good else "[red]✗[/]"
+        table.add_row(policy, f"node1, {node1.of(4)}:{port}", told, ", ".join(sorted(seen)), mark)
+    stage.console.print(table)
+    stage.say(
+        "Cluster spreads over all nodes, so node1 puts an address of its own in the client's place. Local stays on"
+    )
+    stage.say("the node that was asked, and keeps the client's.")
+
+
+def _wait_service(source: Place, address: str) -> None:
+    """Waits until the rules of the source's node have the Service, which was made a moment ago."""
+
+    def answers() -> bool:
+        with contextlib.suppress(PodwireError):
+            return bool(ask(source.netns, address, _WEB, seconds=0.5).pod)
+        return False
+
+    process.wait_for(answers, _SERVICE_SECONDS, f"the Service {address} to answer")
+
+
+def _requests(stage: Stage, source: Place, address: str, port: int) -> list[Answer]:
+    """The answers to _REQUESTS requests; the first that gets none is wrong."""
+    answers: list[Answer] = []
+    try:
+        answers += [ask(source.netns, address, port) for _ in range(_REQUESTS)]
+    except PodwireError as error:
+        stage.wrong(str(error))
+    return answers
+
+
 def show_backend(stage: Stage) -> None:
     """Plain routes instead of VXLAN, while a pod is pinging."""
     blue, red = stage.pod("blue"), stage.pod("red")
@@ -319,7 +412,9 @@ def _wait_listening(tcpdump: subprocess.Popen[bytes]) -> None:
         said += data
 
 
-STANZAS: tuple[Callable[[Stage], None], ...] = (show_addresses, show_reachability, show_wire, show_backend)
+STANZAS: tuple[Callable[[Stage], None], ...] = (
+    show_addresses, show_reachability, show_wire, show_service, show_backend,
+)  # fmt: skip
 
 
 # --- running ----------------------------------------------------------------------------------------------------
@@ -334,7 +429,9 @@ def _table(*columns: str) -> Table:
 
 def perform(console: Console) -> list[str]:
     """Builds the lab, shows every stanza, removes the lab. Returns what was wrong."""
-    lab = LabState(name=f"demo-{os.getpid():x}", nodes=state.plan_nodes(3, POD_CIDR), pod_cidr=POD_CIDR)
+    lab = LabState(
+        name=f"demo-{os.getpid():x}", nodes=state.plan_nodes(3, POD_CIDR), pod_cidr=POD_CIDR, proxy="nftables"
+    )
     console.print(f"[bold]Podwire[/]: three nodes in namespaces of lab {lab.name}", highlight=False)
     stage = Stage(lab, console)
     began = time.monotonic()

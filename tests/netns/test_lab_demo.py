@@ -40,6 +40,8 @@ def test_it_shows_what_it_promises_and_ends_with_ok() -> None:
         r"node3 +172\.31\.0\.13 +10\.244\.\d+\.0/24",
         r"pod → pod, across nodes +blue +(10\.244\.\d+\.\d+) +red +\1 +no",
         r"pod → another node .*masqueraded",
+        r"green +node1 +10\.244\.\d+\.\d+ +\d+ ▪",
+        r"Cluster +node1, 172\.31\.0\.11:3\d{4} .*✓\n *Local +node1, .* green 30 +172\.31\.0\.250 +✓",
         r"172\.31\.0\.11\.\d+ > 172\.31\.0\.12\.4789: VXLAN.*\n +IP 10\.244\.\d+\.\d+\.\d+ > 10\.244\.\d+\.\d+\.80",
     ):
         assert re.search(pattern, said), pattern
