@@ -15,6 +15,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Contender:
         self.name = name
         self.node = node
         self.executable = executable
+        self.arguments: Callable[[Namespace], str] = lambda _pod: ""
+        """What a runtime says of a pod in CNI_ARGS."""
         self._config = {"cniVersion": CNI_VERSION, "name": "bench", **config}
 
     def add(self, pod: Namespace) -> Added:
@@ -148,6 +151,7 @@ class Contender:
 
     def _call(self, command: str, pod: Namespace, container_id: str, config: dict[str, Any]) -> Finished:
         environment = cni_environment(command, pod.path, container_id, self.executable.parent)
+        environment["CNI_ARGS"] = self.arguments(pod)
         return run([str(self.executable)], environment, json.dumps(config).encode())
 
     def _find_host_link(self, result: dict[str, Any]) -> str:

@@ -93,7 +93,7 @@ def _endpoint(pod: int) -> Object:
         "addresses": [pod_address(pod)],
         "conditions": {"ready": True, "serving": True, "terminating": False},
         "nodeName": node_name(pod % 500),
-        "targetRef": {"kind": "Pod", "name": f"pod-{pod}", "namespace": SERVICE_NAMESPACE, "uid": _uid(pod)},
+        "targetRef": {"kind": "Pod", "name": f"pod-{pod}", "namespace": SERVICE_NAMESPACE, "uid": uid(pod)},
         "zone": f"zone-{pod % 3}",
     }
 
@@ -131,9 +131,9 @@ def namespace(name: str, labels: dict[str, str]) -> Object:
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata, "spec": {}, "status": {"phase": "Active"}}
 
 
-def pod(name: str, where: str, on: str, number: int, labels: dict[str, str], address: str = "") -> Object:
-    """A pod that runs in the namespace `where` on the node `on`; without an address it has that of its number."""
-    address = address or pod_address(number)
+def pod(name: str, where: str, on: str, number: int, labels: dict[str, str], address: str | None = None) -> Object:
+    """A pod in the namespace `where` on the node `on`, with the address of its number, or another, or (empty) none."""
+    address = pod_address(number) if address is None else address
     ports = [{"containerPort": TARGET_PORT, "name": "http", "protocol": "TCP"}]
     return {
         "apiVersion": "v1",
@@ -149,7 +149,7 @@ def pod(name: str, where: str, on: str, number: int, labels: dict[str, str], add
             "conditions": [{"lastTransitionTime": _CREATED, "status": "True", "type": each} for each in _CONDITIONS],
             "phase": "Running",
             "podIP": address,
-            "podIPs": [{"ip": address}],
+            "podIPs": [{"ip": address}] if address else [],
             "startTime": _CREATED,
         },
     }
@@ -176,7 +176,7 @@ def policy(name: str, where: str, selects: dict[str, str], peers: Iterable[Objec
 def _metadata(name: str, where: str, version: str, number: int, labels: dict[str, str]) -> Object:
     found: Object = {
         "name": name,
-        "uid": _uid(number),
+        "uid": uid(number),
         "resourceVersion": "1",
         "creationTimestamp": _CREATED,
         "labels": labels,
@@ -194,5 +194,6 @@ def _metadata(name: str, where: str, version: str, number: int, labels: dict[str
     return {**found, "namespace": where} if where else found
 
 
-def _uid(number: int) -> str:
+def uid(number: int) -> str:
+    """The uid of the object with this number."""
     return f"3c0a5d1e-4b7f-4a52-9c61-{number:012x}"

@@ -32,7 +32,7 @@ from bench.podwire_node import Memory, memory_of, stop
 from bench.process import BenchFailed
 from bench.stage import Namespace, Stage
 
-CLIENT = "10.127.0.2"
+CLIENT, STRANGER = "10.127.0.2", "10.127.0.6"  # both the client's; the second is of a pod that nobody knows
 _GATEWAY = "10.127.0.1"
 _POD_NETWORK = "10.64.0.0/11"  # the half of PODS that the pods are in; the client is in the other
 _API_PORT = 6443
@@ -45,13 +45,20 @@ _NETLINK_NETFILTER, _NFTABLES_GROUP = 12, 1 << 6
 _BUFFER = 1 << 24
 
 
-class Ground:
-    """The three namespaces. `forwarding` is on, and nothing filters."""
+class Place:
+    """A node of a stage, where an API and a proxy can be. `name` is also the node's name in the API."""
 
-    def __init__(self, stage: Stage, name: str) -> None:
+    def __init__(self, stage: Stage, name: str, node: Namespace) -> None:
         self.stage = stage
         self.name = name
-        self.node = stage.node(name)
+        self.node = node
+
+
+class Ground(Place):
+    """The three namespaces. Forwarding is on, and nothing filters."""
+
+    def __init__(self, stage: Stage, name: str) -> None:
+        super().__init__(stage, name, stage.node(name))
         self.client, self.pods = stage.pods(2)
         stage.ip(
             self.node,
@@ -63,6 +70,7 @@ class Ground:
                 "link set client up",
                 "link set pods up",
                 f"route add {_POD_NETWORK} via 10.126.0.2 onlink dev pods",
+                f"route add {STRANGER} dev client",
             ],
         )
         stage.ip(
@@ -70,6 +78,7 @@ class Ground:
             [
                 "link set lo up",
                 f"address add {CLIENT}/30 dev eth0",
+                f"address add {STRANGER}/32 dev eth0",
                 "link set eth0 up",
                 f"route add default via {_GATEWAY}",
             ],
@@ -113,9 +122,10 @@ def ask(address: str, port: int, patience: float = _PATIENCE) -> str:
             return ""
 
 
-def ask_datagram(address: str, port: int, patience: float) -> str:
-    """The same with a datagram from a port that has never been used for it."""
+def ask_datagram(source: str, address: str, port: int, patience: float) -> str:
+    """The same with a datagram from one of the client's addresses, and a port that has not been used for it lately."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.bind((source, 0))
         client.settimeout(patience)
         try:
             client.sendto(b"who", (address, port))
@@ -174,15 +184,15 @@ class RuleEvents:
 class SyntheticApi:
     """bench.synthetic_api on a node."""
 
-    def __init__(self, ground: Ground, objects: Mapping[str, Iterable[Object]]) -> None:
+    def __init__(self, place: Place, objects: Mapping[str, Iterable[Object]]) -> None:
         """`objects` by the plural of their kind."""
-        folder = ground.stage.memory / f"{ground.name}-api"
+        folder = place.stage.memory / f"{place.name}-api"
         folder.mkdir()
         for plural, listed in objects.items():
             (folder / plural).write_bytes(b"\n".join(map(msgspec.json.encode, listed)))
-        self._process = _start(ground.node, ["bench.synthetic_api", str(_API_PORT), str(folder)])
+        self._process = _start(place.node, ["bench.synthetic_api", str(_API_PORT), str(folder)])
         _first_line(self._process)
-        self.kubeconfig = ground.stage.memory / f"{ground.name}-kubeconfig"
+        self.kubeconfig = place.stage.memory / f"{place.name}-kubeconfig"
         server = {"server": f"http://127.0.0.1:{_API_PORT}"}
         self.kubeconfig.write_text(
             yaml.safe_dump(
@@ -200,12 +210,12 @@ class SyntheticApi:
     def put(self, *events: tuple[str, str, Object]) -> float:
         """Sends (plural, ADDED | MODIFIED | DELETED, object) to who watches. When the first was sent."""
         lines = [b"%b\t%b\t%b\t%b\n" % (b"put" if event is events[-1] else b"then", *_words(event)) for event in events]
-        at: float = self._command(b"".join(lines))
-        return at
+        return float(self._command(b"".join(lines)))
 
     def listed(self) -> float:
         """When the last list had been sent."""
-        return max(dict(self._command(b"listed\n")).values())
+        times: dict[str, float] = self._command(b"listed\n")
+        return max(times.values())
 
     def _command(self, line: bytes) -> Any:
         assert self._process.stdin is not None, "it was made a pipe"
@@ -229,8 +239,7 @@ def _words(event: tuple[str, str, Object]) -> tuple[bytes, bytes, bytes]:
 class Proxied:
     """A proxy that runs. `began` is CLOCK_MONOTONIC before its exec, in seconds."""
 
-    def __init__(self, ground: Ground, api: SyntheticApi, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.ground = ground
+    def __init__(self, api: SyntheticApi, process: subprocess.Popen[bytes], log: Path) -> None:
         self.api = api
         self.began = 0.0
         self._process = process
@@ -257,30 +266,30 @@ class Proxied:
 
 @contextlib.contextmanager
 def proxy_on(
-    ground: Ground, objects: Mapping[str, Iterable[Object]], settings: Mapping[str, object]
+    place: Place, objects: Mapping[str, Iterable[Object]], settings: Mapping[str, object]
 ) -> Iterator[Proxied]:
     """The proxy with the objects of an API; `settings` are those that are not its defaults."""
-    api = SyntheticApi(ground, objects)
+    api = SyntheticApi(place, objects)
     try:
-        with proxy_beside(ground, api, settings) as proxied:
+        with proxy_beside(place, api, settings) as proxied:
             yield proxied
     finally:
         api.stop()
 
 
 @contextlib.contextmanager
-def proxy_beside(ground: Ground, api: SyntheticApi, settings: Mapping[str, object]) -> Iterator[Proxied]:
+def proxy_beside(place: Place, api: SyntheticApi, settings: Mapping[str, object]) -> Iterator[Proxied]:
     """The proxy beside an API that is there already."""
-    given: dict[str, object] = {"node": ground.name, "clusterCIDRs": [str(PODS)], **settings}
-    given.setdefault("daemonSocket", str(ground.stage.memory / "none.sock"))
-    path, log_path = (ground.stage.memory / f"{ground.name}-proxy.{end}" for end in ("yaml", "log"))
+    given: dict[str, object] = {"node": place.name, "clusterCIDRs": [str(PODS)], **settings}
+    given.setdefault("daemonSocket", str(place.stage.memory / "none.sock"))
+    path, log_path = (place.stage.memory / f"{place.name}-proxy.{end}" for end in ("yaml", "log"))
     path.write_text(yaml.safe_dump(given))
     words = ["kube_proxy_lite.main", "--config", str(path), "--kubeconfig", str(api.kubeconfig)]
     with log_path.open("wb") as log:
         began = time.monotonic()
-        process = _start(ground.node, words, log)
+        process = _start(place.node, words, log)
         try:
-            proxied = Proxied(ground, api, process, log_path)
+            proxied = Proxied(api, process, log_path)
             proxied.began = began
             yield proxied
         finally:

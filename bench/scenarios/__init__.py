@@ -16,6 +16,7 @@ from bench.scenarios import (
     latency,
     memory,
     outage,
+    policies,
     scale,
     services,
     throughput,
@@ -69,4 +70,11 @@ SCENARIOS = (
         quick=1,
     ),
     Scenario(name="services", about="1 to 30,000 Services, beside rules by hand", run=services.run, rounds=40, quick=8),
+    Scenario(
+        name="policies",
+        about="NetworkPolicy: 10 to 1,000 pods, 1 to 1,000 policies, beside a rule a pod",
+        run=policies.run,
+        rounds=40,
+        quick=8,
+    ),
 )

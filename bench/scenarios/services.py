@@ -209,10 +209,10 @@ def _measure(stage: Stage, shape: Shape, rounds: int) -> Measured:
             answered = _wait_all(proxied, cluster.some(_PROBED))
         listed = proxied.api.listed()
         _wait_calm(proxied)
-        changes, written, change_cpu = _change(proxied, cluster, events, rounds, few=shape.endpoints <= _FEW)
-        adds, add_cpu = _add(proxied, cluster, rounds)
+        changes, written, change_cpu = _change(ground, proxied, cluster, events, rounds, few=shape.endpoints <= _FEW)
+        adds, add_cpu = _add(ground, proxied, cluster, rounds)
         memory = settled(proxied)
-        whole, meanwhile = _look_at_all(proxied, cluster, shape.mode)
+        whole, meanwhile = _look_at_all(ground, proxied, cluster, shape.mode)
         with ground.client.entered():
             connecting = _connect(cluster)
     return Measured(
@@ -246,7 +246,7 @@ def _wait_calm(proxied: Proxied) -> None:
 
 
 def _change(
-    proxied: Proxied, cluster: _Cluster, events: RuleEvents, rounds: int, *, few: bool
+    ground: Ground, proxied: Proxied, cluster: _Cluster, events: RuleEvents, rounds: int, *, few: bool
 ) -> tuple[Seconds, Seconds, float]:
     """Until a client meets the new pod (where it is one of few), until the kernel tells, and CPU seconds of each."""
     met, written = [], []
@@ -256,7 +256,7 @@ def _change(
         events.drain()
         sent = proxied.api.put(("endpointslices", "MODIFIED", changed))
         told = 0.0
-        with proxied.ground.client.entered():
+        with ground.client.entered():
             deadline = sent + 10.0
             while True:
                 if not told and events.came(0.0005):
@@ -271,20 +271,20 @@ def _change(
     return met if few else [], written, (proxied.cpu_seconds() - before) / rounds
 
 
-def _add(proxied: Proxied, cluster: _Cluster, rounds: int) -> tuple[Seconds, float]:
+def _add(ground: Ground, proxied: Proxied, cluster: _Cluster, rounds: int) -> tuple[Seconds, float]:
     taken = []
     before = proxied.cpu_seconds()
     for _ in range(rounds):
         number, listed = cluster.add()
         new = ("services", "ADDED", service(number))
         sent = proxied.api.put(new, *(("endpointslices", "ADDED", each) for each in listed))
-        with proxied.ground.client.entered():
+        with ground.client.entered():
             taken.append(_wait_all(proxied, [number]) - sent)
     _wait_calm(proxied)
     return taken, (proxied.cpu_seconds() - before) / rounds
 
 
-def _look_at_all(proxied: Proxied, cluster: _Cluster, mode: str) -> tuple[float, float]:
+def _look_at_all(ground: Ground, proxied: Proxied, cluster: _Cluster, mode: str) -> tuple[float, float]:
     """A stranger's rule makes the proxy look at everything. CPU seconds, and how long a change takes meanwhile."""
     number, address, changed = cluster.change()
     before = proxied.cpu_seconds()
@@ -292,10 +292,10 @@ def _look_at_all(proxied: Proxied, cluster: _Cluster, mode: str) -> tuple[float,
         "nftables": ["/usr/sbin/nft", "add", "chain", "ip", "podwire_proxy", "stranger"],
         "iptables": ["/usr/sbin/iptables", "-w", "-t", "nat", "-N", "KUBE-SVC-STRANGER"],
     }
-    _check(proxied.ground.node, commands[mode])
+    _check(ground.node, commands[mode])
     time.sleep(0.05)
     sent = proxied.api.put(("endpointslices", "MODIFIED", changed))
-    with proxied.ground.client.entered():
+    with ground.client.entered():
         met = wait_until(proxied, lambda: ask(cluster_ip(number), PORT) == address, f"{address} is not met")
     _wait_calm(proxied)
     return proxied.cpu_seconds() - before, met - sent
