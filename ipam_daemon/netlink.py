@@ -24,7 +24,6 @@ from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.nfnetlink import Nftables
 from ipam_daemon.peer_messages import BulkChannel
 from ipam_daemon.rtnl import Channel
-from ipam_daemon.tc import Redirects
 from podwire.netns import inside, netlink_socket
 
 _EUI64 = "0"  # IN6_ADDR_GEN_MODE_EUI64, linux/if_link.h
@@ -42,7 +41,6 @@ class NetlinkThread:
         self._channel: Channel | None = None
         self._bulk: BulkChannel | None = None
         self._nftables: Nftables | None = None
-        self._redirects: Redirects | None = None
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs `function` on the thread. A call that was begun is finished even when the caller is cancelled.
@@ -85,16 +83,9 @@ class NetlinkThread:
             self._nftables = Nftables()
         return self._nftables
 
-    @property
-    def redirects(self) -> Redirects:
-        """The node's socket for the chains of limited wires. Only for functions that run on the thread."""
-        if self._redirects is None:
-            self._redirects = Redirects()
-        return self._redirects
-
     async def close(self) -> None:
         """Finishes what is queued and closes the sockets."""
-        for each in (self._host, self._channel, self._bulk, self._nftables, self._redirects):
+        for each in (self._host, self._channel, self._bulk, self._nftables):
             if each is not None:
                 await self.run(each.close)
         self._executor.shutdown(wait=True)

@@ -27,28 +27,31 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 
+import msgspec
+
 from ipam_daemon.nfelements import Change, Table, Verdict
+from podwire.nlattr import attribute, attributes, message, messages, nested
 
 # netlink
 _NETLINK_NETFILTER, _SOL_NETLINK, _CAP_ACK = 12, 270, 10
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _ERROR, _DONE = 2, 3
 _REQUEST, _ACK, _DUMP_INTERRUPTED, _DUMP, _CREATE = 0x1, 0x4, 0x10, 0x300, 0x400
-_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
-_ATTRIBUTE = struct.Struct("=HH")  # nlattr: length, type
-_NESTED, _TYPE_MASK = 0x8000, 0x3FFF
 _ERRNO = struct.Struct("=i")
 _TIMEVAL = struct.Struct("@ll")
 
 # nfnetlink
 _GENERIC = struct.Struct("!BBH")  # nfgenmsg: family, version, resource
 _BATCH_BEGIN, _BATCH_END, _NFTABLES = 0x10, 0x11, 10
-_GETRULE, _NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETOBJ = ((_NFTABLES << 8) + number for number in (7, 12, 13, 14, 19))
+_GETCHAIN, _GETRULE, _NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETOBJ = (
+    (_NFTABLES << 8) + number for number in (4, 7, 12, 13, 14, 19)
+)
 
 # attributes of nf_tables
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS, _LIST_ELEM = 1, 2, 3, 1
 _ELEM_KEY, _ELEM_DATA = 1, 2
 _DATA_VALUE, _DATA_VERDICT, _VERDICT_CODE, _VERDICT_CHAIN = 1, 2, 1, 2
+_CHAIN_TABLE, _CHAIN_NAME = 1, 3
 _RULE_TABLE, _RULE_CHAIN, _RULE_USERDATA, _UDATA_COMMENT = 1, 2, 7, 0
 _OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA, _OBJ_COUNTER, _COUNTER_PACKETS = 1, 2, 3, 4, 1, 2
 _U32, _U64, _I32 = struct.Struct("!I"), struct.Struct("!Q"), struct.Struct("!i")
@@ -58,6 +61,14 @@ _QUEUE = 1 << 22
 _GROUP = 60_000  # bytes: an attribute's length has 16 bits
 _TIMEOUT = 5  # seconds; a listing is answered at once, so only a bug waits
 _DUMPS = 10  # a listing is asked for again when something changed meanwhile
+
+
+class Step(msgspec.Struct, frozen=True):
+    """A message of a batch: its type, its flags but for those of every request, and its body."""
+
+    kind: int
+    flags: int
+    body: bytes
 
 
 class ElementRefused(OSError):
@@ -122,17 +133,31 @@ class Nftables:
     def _send(self, groups: Sequence[Sequence[Change]]) -> list[tuple[int, int | None]]:
         """Sends a batch of one message a group. Returns errno and place of each group that was refused; the place is
         None when it was the batch itself."""
+        return self._send_batch(
+            [
+                Step(_NEWSETELEM if group[0].adds else _DELSETELEM, _CREATE if group[0].adds else 0, _elements(group))
+                for group in groups
+            ]
+        )
+
+    def carry_out(self, table: Table, steps: Sequence[Step]) -> None:
+        """Makes all steps, which are about a table, or none. Raises OSError."""
+        framed = _GENERIC.pack(table.family, 0, 0)
+        if steps:
+            for number, _ in self._send_batch([Step(each.kind, each.flags, framed + each.body) for each in steps]):
+                raise OSError(number, os.strerror(number), str(table))
+
+    def _send_batch(self, steps: Sequence[Step]) -> list[tuple[int, int | None]]:
         begin = next(self._sequence)
-        places = {next(self._sequence): place for place in range(len(groups))}
+        places = {next(self._sequence): place for place in range(len(steps))}
         end = next(self._sequence)
         batch = _GENERIC.pack(0, 0, _NFTABLES)
-        parts = [_message(_BATCH_BEGIN, _REQUEST, begin, batch)]
+        parts = [message(_BATCH_BEGIN, _REQUEST, begin, batch)]
         for number, place in places.items():
-            first = groups[place][0]
-            kind, flags = (_NEWSETELEM, _REQUEST | _CREATE) if first.adds else (_DELSETELEM, _REQUEST)
-            acknowledged = _ACK if place == len(groups) - 1 else 0
-            parts.append(_message(kind, flags | acknowledged, number, _elements(groups[place])))
-        parts.append(_message(_BATCH_END, _REQUEST, end, batch))
+            step = steps[place]
+            acknowledged = _ACK if place == len(steps) - 1 else 0
+            parts.append(message(step.kind, _REQUEST | step.flags | acknowledged, number, step.body))
+        parts.append(message(_BATCH_END, _REQUEST, end, batch))
         self._socket.send(b"".join(parts))
         return self._answers(places, {begin, end})
 
@@ -144,7 +169,7 @@ class Nftables:
                 datagram = self._socket.recv(_BUFFER, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
-            for kind, _, sequence, body in _messages(datagram):
+            for kind, _, sequence, body in messages(datagram):
                 if kind != _ERROR or not (sequence in places or sequence in frame):
                     continue
                 answered = True
@@ -159,55 +184,62 @@ class Nftables:
 
     def elements(self, table: Table, name: str) -> dict[bytes, bytes | Verdict | None] | None:
         """Key → data of every element of a set or map; None when there is none of this name."""
-        wanted = _attribute(_LIST_TABLE, _text(table.name)) + _attribute(_LIST_SET, _text(name))
+        wanted = attribute(_LIST_TABLE, _text(table.name)) + attribute(_LIST_SET, _text(name))
         try:
             bodies = self._dump(_GETSETELEM, table, wanted)
         except FileNotFoundError:
             return None
         found: dict[bytes, bytes | Verdict | None] = {}
         for body in bodies:
-            for element in _nested(_nested_one(body, _LIST_ELEMENTS)):
-                attributes = dict(_nested(element[1]))
-                key = dict(_nested(attributes[_ELEM_KEY]))[_DATA_VALUE]
-                found[key] = _read_data(attributes.get(_ELEM_DATA))
+            for _, element in attributes(_nested_one(body, _LIST_ELEMENTS)):
+                fields = dict(attributes(element))
+                key = dict(attributes(fields[_ELEM_KEY]))[_DATA_VALUE]
+                found[key] = _read_data(fields.get(_ELEM_DATA))
         return found
 
     def rules(self, table: Table) -> list[tuple[str, str]]:
         """Chain and comment of every rule of a table, in order; empty when there is no table."""
-        wanted = _attribute(_RULE_TABLE, _text(table.name))
+        wanted = attribute(_RULE_TABLE, _text(table.name))
         found = []
         for body in self._dump(_GETRULE, table, wanted):
-            attributes = dict(_nested(body))
-            if _string(attributes.get(_RULE_TABLE, b"")) == table.name:
-                found.append((_string(attributes[_RULE_CHAIN]), _comment(attributes.get(_RULE_USERDATA, b""))))
+            fields = dict(attributes(body))
+            if _string(fields.get(_RULE_TABLE, b"")) == table.name:
+                found.append((_string(fields[_RULE_CHAIN]), _comment(fields.get(_RULE_USERDATA, b""))))
         return found
+
+    def chains(self, table: Table) -> frozenset[str]:
+        """The names of a table's chains."""
+        listed = [dict(attributes(body)) for body in self._dump(_GETCHAIN, table, b"")]
+        return frozenset(
+            _string(fields[_CHAIN_NAME]) for fields in listed if _string(fields[_CHAIN_TABLE]) == table.name
+        )
 
     def counters(self, table: Table) -> dict[str, int]:
         """Packets that each named counter of a table has counted; empty when there is no table."""
-        wanted = _attribute(_OBJ_TABLE, _text(table.name)) + _attribute(_OBJ_TYPE, _U32.pack(_OBJ_COUNTER))
+        wanted = attribute(_OBJ_TABLE, _text(table.name)) + attribute(_OBJ_TYPE, _U32.pack(_OBJ_COUNTER))
         found = {}
         for body in self._dump(_GETOBJ, table, wanted):
-            attributes = dict(_nested(body))
-            if _string(attributes[_OBJ_TABLE]) == table.name:
-                values = dict(_nested(attributes[_OBJ_DATA]))
-                found[_string(attributes[_OBJ_NAME])] = int(_U64.unpack(values[_COUNTER_PACKETS])[0])
+            fields = dict(attributes(body))
+            if _string(fields[_OBJ_TABLE]) == table.name:
+                values = dict(attributes(fields[_OBJ_DATA]))
+                found[_string(fields[_OBJ_NAME])] = int(_U64.unpack(values[_COUNTER_PACKETS])[0])
         return found
 
-    def _dump(self, kind: int, table: Table, attributes: bytes) -> list[bytes]:
+    def _dump(self, kind: int, table: Table, wanted: bytes) -> list[bytes]:
         for _ in range(_DUMPS):
-            bodies = self._dump_once(kind, table, attributes)
+            bodies = self._dump_once(kind, table, wanted)
             if bodies is not None:
                 return bodies
         raise OSError(errno.EINTR, os.strerror(errno.EINTR), f"listing {table}")
 
-    def _dump_once(self, kind: int, table: Table, attributes: bytes) -> list[bytes] | None:
+    def _dump_once(self, kind: int, table: Table, wanted: bytes) -> list[bytes] | None:
         """The attributes of every answer; None when something changed meanwhile."""
         number = next(self._sequence)
-        self._socket.send(_message(kind, _REQUEST | _DUMP, number, _GENERIC.pack(table.family, 0, 0) + attributes))
+        self._socket.send(message(kind, _REQUEST | _DUMP, number, _GENERIC.pack(table.family, 0, 0) + wanted))
         bodies: list[bytes] = []
         interrupted = False
         while True:
-            for answer, flags, sequence, body in _messages(self._socket.recv(_BUFFER)):
+            for answer, flags, sequence, body in messages(self._socket.recv(_BUFFER)):
                 if sequence != number:
                     continue
                 interrupted = interrupted or bool(flags & _DUMP_INTERRUPTED)
@@ -252,35 +284,27 @@ def _size(change: Change) -> int:
 
 def _elements(group: Sequence[Change]) -> bytes:
     first = group[0]
-    packed = b"".join(_attribute(_LIST_ELEM | _NESTED, _element(change)) for change in group)
+    packed = b"".join(nested(_LIST_ELEM, _element(change)) for change in group)
     return (
         _GENERIC.pack(first.table.family, 0, 0)
-        + _attribute(_LIST_TABLE, _text(first.table.name))
-        + _attribute(_LIST_SET, _text(first.set))
-        + _attribute(_LIST_ELEMENTS | _NESTED, packed)
+        + attribute(_LIST_TABLE, _text(first.table.name))
+        + attribute(_LIST_SET, _text(first.set))
+        + nested(_LIST_ELEMENTS, packed)
     )
 
 
 def _element(change: Change) -> bytes:
-    key = _attribute(_ELEM_KEY | _NESTED, _attribute(_DATA_VALUE, change.key))
+    key = nested(_ELEM_KEY, attribute(_DATA_VALUE, change.key))
     if change.data is None:
         return key
-    return key + _attribute(_ELEM_DATA | _NESTED, _data(change.data))
+    return key + nested(_ELEM_DATA, _data(change.data))
 
 
 def _data(data: bytes | Verdict) -> bytes:
     if isinstance(data, bytes):
-        return _attribute(_DATA_VALUE, data)
-    chain = _attribute(_VERDICT_CHAIN, _text(data.chain)) if data.chain else b""
-    return _attribute(_DATA_VERDICT | _NESTED, _attribute(_VERDICT_CODE, _I32.pack(data.code)) + chain)
-
-
-def _message(kind: int, flags: int, number: int, body: bytes) -> bytes:
-    return _HEADER.pack(_HEADER.size + len(body), kind, flags, number, 0) + body + b"\0" * (-len(body) % 4)
-
-
-def _attribute(kind: int, payload: bytes) -> bytes:
-    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(payload), kind) + payload + b"\0" * (-len(payload) % 4)
+        return attribute(_DATA_VALUE, data)
+    chain = attribute(_VERDICT_CHAIN, _text(data.chain)) if data.chain else b""
+    return nested(_DATA_VERDICT, attribute(_VERDICT_CODE, _I32.pack(data.code)) + chain)
 
 
 def _text(name: str) -> bytes:
@@ -290,35 +314,17 @@ def _text(name: str) -> bytes:
 # --- unpacking ------------------------------------------------------------------------------------------------------
 
 
-def _messages(datagram: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """Type, flags, sequence and body of every message."""
-    at = 0
-    while at + _HEADER.size <= len(datagram):
-        length, kind, flags, sequence, _ = _HEADER.unpack_from(datagram, at)
-        yield kind, flags, sequence, datagram[at + _HEADER.size : at + length]
-        at += (max(length, _HEADER.size) + 3) & ~3
-
-
-def _nested(payload: bytes) -> Iterator[tuple[int, bytes]]:
-    """Type and payload of every attribute."""
-    at = 0
-    while at + _ATTRIBUTE.size <= len(payload):
-        length, kind = _ATTRIBUTE.unpack_from(payload, at)
-        yield kind & _TYPE_MASK, payload[at + _ATTRIBUTE.size : at + length]
-        at += (max(length, _ATTRIBUTE.size) + 3) & ~3
-
-
 def _nested_one(payload: bytes, wanted: int) -> bytes:
-    return next((found for kind, found in _nested(payload) if kind == wanted), b"")
+    return next((found for kind, found in attributes(payload) if kind == wanted), b"")
 
 
 def _read_data(payload: bytes | None) -> bytes | Verdict | None:
     if payload is None:
         return None
-    attributes = dict(_nested(payload))
-    if _DATA_VALUE in attributes:
-        return attributes[_DATA_VALUE]
-    verdict = dict(_nested(attributes[_DATA_VERDICT]))
+    fields = dict(attributes(payload))
+    if _DATA_VALUE in fields:
+        return fields[_DATA_VALUE]
+    verdict = dict(attributes(fields[_DATA_VERDICT]))
     return Verdict(_I32.unpack(verdict[_VERDICT_CODE])[0], _string(verdict.get(_VERDICT_CHAIN, b"")))
 
 

@@ -30,6 +30,7 @@ from contextlib import suppress
 
 from ipam_daemon.model import Address, Network
 from ipam_daemon.rtnl import Message
+from podwire.nlattr import attribute, message
 
 ROUTE_PROTOCOL = 80
 """rtm_protocol of our routes (rtnetlink(7)); `ip route show proto 80` lists them. Not in iproute2's rt_protos."""
@@ -92,26 +93,26 @@ def unpack_way(way: bytes) -> tuple[Address | None, int, bool]:
 def set_neighbour(index: int, address: bytes, mac: bytes) -> Message:
     """Adds or changes a permanent neighbour of the interface `index`."""
     body = _NEIGHBOUR.pack(_FAMILY[len(address)], 0, index, _PERMANENT, 0, 0)
-    body += _attribute(_NDA_DST, address) + _attribute(_NDA_LLADDR, mac)
+    body += attribute(_NDA_DST, address) + attribute(_NDA_LLADDR, mac)
     return Message(_NEWNEIGH, _CREATE | _REPLACE, body, "neighbour")
 
 
 def delete_neighbour(index: int, address: bytes) -> Message:
     """Deletes a neighbour of the interface `index`."""
-    body = _NEIGHBOUR.pack(_FAMILY[len(address)], 0, index, 0, 0, 0) + _attribute(_NDA_DST, address)
+    body = _NEIGHBOUR.pack(_FAMILY[len(address)], 0, index, 0, 0, 0) + attribute(_NDA_DST, address)
     return Message(_DELNEIGH, 0, body, "neighbour")
 
 
 def set_fdb(index: int, mac: bytes, underlay: bytes) -> Message:
     """Adds or changes a permanent FDB entry of the VXLAN device `index`."""
     body = _NEIGHBOUR.pack(socket.AF_BRIDGE, 0, index, _PERMANENT, _SELF, 0)
-    body += _attribute(_NDA_DST, underlay) + _attribute(_NDA_LLADDR, mac)
+    body += attribute(_NDA_DST, underlay) + attribute(_NDA_LLADDR, mac)
     return Message(_NEWNEIGH, _CREATE | _REPLACE, body, "FDB entry")
 
 
 def delete_fdb(index: int, mac: bytes) -> Message:
     """Deletes an FDB entry of the VXLAN device `index`, with all its destinations."""
-    body = _NEIGHBOUR.pack(socket.AF_BRIDGE, 0, index, 0, _SELF, 0) + _attribute(_NDA_LLADDR, mac)
+    body = _NEIGHBOUR.pack(socket.AF_BRIDGE, 0, index, 0, _SELF, 0) + attribute(_NDA_LLADDR, mac)
     return Message(_DELNEIGH, 0, body, "FDB entry")
 
 
@@ -121,8 +122,8 @@ def set_route(network: bytes, way: bytes) -> Message:
     body = _ROUTE.pack(
         _FAMILY[len(network) - 1], network[0], 0, 0, _TABLE_MAIN, ROUTE_PROTOCOL, _SCOPE_UNIVERSE, _UNICAST, flags
     )
-    body += _attribute(_RTA_DST, network[1:]) + _attribute(_RTA_GATEWAY, way[_WAY.size :])
-    return Message(_NEWROUTE, _CREATE | _REPLACE, body + _attribute(_RTA_OIF, _U32.pack(index)), "route")
+    body += attribute(_RTA_DST, network[1:]) + attribute(_RTA_GATEWAY, way[_WAY.size :])
+    return Message(_NEWROUTE, _CREATE | _REPLACE, body + attribute(_RTA_OIF, _U32.pack(index)), "route")
 
 
 def reach_gateway(way: bytes) -> tuple[Message, Message]:
@@ -137,8 +138,8 @@ def reach_gateway(way: bytes) -> tuple[Message, Message]:
     length = 8 * len(gateway)
     body = _ROUTE.pack(
         _FAMILY[len(gateway)], length, 0, 0, _TABLE_MAIN, ROUTE_PROTOCOL, _SCOPE_LINK, _UNICAST, 0
-    ) + _attribute(_RTA_DST, gateway)
-    made = Message(_NEWROUTE, _CREATE | _EXCL, body + _attribute(_RTA_OIF, _U32.pack(index)), "route")
+    ) + attribute(_RTA_DST, gateway)
+    made = Message(_NEWROUTE, _CREATE | _EXCL, body + attribute(_RTA_OIF, _U32.pack(index)), "route")
     return made, delete_route(bytes((length,)) + gateway, way)
 
 
@@ -146,13 +147,8 @@ def delete_route(network: bytes, way: bytes) -> Message:
     """Deletes a route of ours that leaves by the interface of `way`."""
     _, index = _WAY.unpack_from(way)
     body = _ROUTE.pack(_FAMILY[len(network) - 1], network[0], 0, 0, _TABLE_MAIN, ROUTE_PROTOCOL, _SCOPE_NOWHERE, 0, 0)
-    body += _attribute(_RTA_DST, network[1:])
-    return Message(_DELROUTE, 0, body + (_attribute(_RTA_OIF, _U32.pack(index)) if index else b""), "route")
-
-
-def _attribute(kind: int, payload: bytes) -> bytes:
-    length = _ATTRIBUTE.size + len(payload)
-    return _ATTRIBUTE.pack(length, kind) + payload + b"\0" * (-length & 3)
+    body += attribute(_RTA_DST, network[1:])
+    return Message(_DELROUTE, 0, body + (attribute(_RTA_OIF, _U32.pack(index)) if index else b""), "route")
 
 
 # --- the socket -------------------------------------------------------------------------------------------------------
@@ -184,8 +180,8 @@ class BulkChannel:
         last = first + len(batch) - 1
         self._socket.send(
             b"".join(
-                _pack(message.kind, message.flags | (_ACK if number == last else 0), number, message.body)
-                for number, message in enumerate(batch, first)
+                message(each.kind, _REQUEST | each.flags | (_ACK if number == last else 0), number, each.body)
+                for number, each in enumerate(batch, first)
             )
         )
         failed: dict[int, int] = {}
@@ -213,7 +209,7 @@ class BulkChannel:
         """Packed address → MAC: the permanent neighbours of the interface `index`."""
         found: dict[bytes, bytes] = {}
         for family in _METRIC:
-            body = _NEIGHBOUR.pack(family, 0, 0, 0, 0, 0) + _attribute(_NDA_IFINDEX, _U32.pack(index))
+            body = _NEIGHBOUR.pack(family, 0, 0, 0, 0, 0) + attribute(_NDA_IFINDEX, _U32.pack(index))
             for data, at, end in self._dump(_GETNEIGH, body):
                 _, _, owner, state, _, _ = _NEIGHBOUR.unpack_from(data, at)
                 if owner == index and state & _PERMANENT:
@@ -269,7 +265,7 @@ class BulkChannel:
 
     def _dump_once(self, kind: int, body: bytes) -> tuple[list[tuple[bytes, int, int]], bool]:
         number = self._numbers(1)
-        self._socket.send(_pack(kind, _DUMP, number, body))
+        self._socket.send(message(kind, _REQUEST | _DUMP, number, body))
         found: list[tuple[bytes, int, int]] = []
         whole = True
         while True:
@@ -283,10 +279,6 @@ class BulkChannel:
                     code = -_ERRNO.unpack_from(data, at)[0]
                     raise OSError(code, "dump")
                 found.append((data, at, end))
-
-
-def _pack(kind: int, flags: int, number: int, body: bytes) -> bytes:
-    return _HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | flags, number, 0) + body
 
 
 def _messages(datagram: bytes) -> Iterator[tuple[int, int, int, bytes, int, int]]:

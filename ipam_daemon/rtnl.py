@@ -25,12 +25,11 @@ from itertools import count
 import msgspec
 
 from ipam_daemon.model import Address, Interface
+from podwire.nlattr import attribute, attributes, message, messages
 
 # netlink
 _ERROR, _NEWLINK, _GETLINK, _NEWADDR, _NEWROUTE = 2, 16, 18, 20, 24
 _REQUEST, _ACK, _EXCL, _CREATE = 0x1, 0x4, 0x200, 0x400
-_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
-_ATTRIBUTE = struct.Struct("=HH")  # nlattr: length, type
 _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 _ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
@@ -73,22 +72,22 @@ class End(msgspec.Struct, frozen=True, kw_only=True):
 def make_pair(host: End, master: int, peer: End, netns: int) -> Message:
     """Makes a veth pair: `host` here, up, a port of the link with index `master`; `peer` in the namespace `netns`, a
     file descriptor."""
-    theirs = _LINK.pack(0, 0, 0, 0, 0) + _end(peer) + _attribute(_IFLA_NET_NS_FD, _U32.pack(netns))
-    info = _attribute(_INFO_KIND, b"veth") + _attribute(_INFO_DATA, _attribute(_VETH_INFO_PEER, theirs))
+    theirs = _LINK.pack(0, 0, 0, 0, 0) + _end(peer) + attribute(_IFLA_NET_NS_FD, _U32.pack(netns))
+    info = attribute(_INFO_KIND, b"veth") + attribute(_INFO_DATA, attribute(_VETH_INFO_PEER, theirs))
     body = (
         _LINK.pack(0, 0, 0, _IFF_UP, _IFF_UP)
         + _end(host)
-        + _attribute(_IFLA_MASTER, _U32.pack(master))
-        + _attribute(_IFLA_LINKINFO, info)
+        + attribute(_IFLA_MASTER, _U32.pack(master))
+        + attribute(_IFLA_LINKINFO, info)
     )
     return Message(_NEWLINK, _CREATE | _EXCL, body, f"veth pair {host.ifname}")
 
 
 def set_port(index: int, alias: str) -> Message:
     """Makes a bridge port send back to where a frame came from (hairpin), and gives the link an alias."""
-    info = _attribute(_INFO_SLAVE_KIND, b"bridge") + _attribute(_INFO_SLAVE_DATA, _attribute(_BRPORT_MODE, _U8.pack(1)))
-    named = _attribute(_IFLA_IFALIAS, alias.encode()) if alias else b""
-    body = _LINK.pack(0, 0, index, 0, 0) + named + _attribute(_IFLA_LINKINFO, info)
+    info = attribute(_INFO_SLAVE_KIND, b"bridge") + attribute(_INFO_SLAVE_DATA, attribute(_BRPORT_MODE, _U8.pack(1)))
+    named = attribute(_IFLA_IFALIAS, alias.encode()) if alias else b""
+    body = _LINK.pack(0, 0, index, 0, 0) + named + attribute(_IFLA_LINKINFO, info)
     return Message(_NEWLINK, 0, body, "bridge port")
 
 
@@ -99,33 +98,33 @@ def raise_link(index: int) -> Message:
 
 def set_mtu(index: int, mtu: int) -> Message:
     """Gives a link an MTU, in bytes."""
-    return Message(_NEWLINK, 0, _LINK.pack(0, 0, index, 0, 0) + _attribute(_IFLA_MTU, _U32.pack(mtu)), "MTU")
+    return Message(_NEWLINK, 0, _LINK.pack(0, 0, index, 0, 0) + attribute(_IFLA_MTU, _U32.pack(mtu)), "MTU")
 
 
 def lower_link(index: int, group: int) -> Message:
     """Sets a link down, takes it out of its bridge, and puts it into a link group, all at once."""
     body = (
         _LINK.pack(0, 0, index, 0, _IFF_UP)
-        + _attribute(_IFLA_MASTER, _U32.pack(0))
-        + _attribute(_IFLA_GROUP, _U32.pack(group))
+        + attribute(_IFLA_MASTER, _U32.pack(0))
+        + attribute(_IFLA_GROUP, _U32.pack(group))
     )
     return Message(_NEWLINK, 0, body, "link down")
 
 
 def get_link(index: int) -> Message:
     """Asks for a link, its counters left out."""
-    body = _LINK.pack(0, 0, index, 0, 0) + _attribute(_IFLA_EXT_MASK, _U32.pack(_SKIP_STATS))
+    body = _LINK.pack(0, 0, index, 0, 0) + attribute(_IFLA_EXT_MASK, _U32.pack(_SKIP_STATS))
     return Message(_GETLINK, 0, body, "link")
 
 
 def add_address(index: int, interface: Interface) -> Message:
     """Adds an address with its prefix length; one of IPv6 without duplicate address detection."""
     family, packed = _FAMILIES[interface.version], interface.ip.packed
-    nodad = _attribute(_IFA_FLAGS, _U32.pack(_IFA_F_NODAD)) if interface.version == 6 else b""
+    nodad = attribute(_IFA_FLAGS, _U32.pack(_IFA_F_NODAD)) if interface.version == 6 else b""
     body = (
         _ADDRESS.pack(family, interface.network.prefixlen, 0, _SCOPE_UNIVERSE, index)
-        + _attribute(_IFA_LOCAL, packed)
-        + _attribute(_IFA_ADDRESS, packed)
+        + attribute(_IFA_LOCAL, packed)
+        + attribute(_IFA_ADDRESS, packed)
         + nodad
     )
     return Message(_NEWADDR, _CREATE | _EXCL, body, f"address {interface}")
@@ -136,8 +135,8 @@ def add_default_route(index: int, gateway: Address) -> Message:
     family = _FAMILIES[gateway.version]
     body = (
         _ROUTE.pack(family, 0, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, _SCOPE_UNIVERSE, _TYPE_UNICAST, 0)
-        + _attribute(_RTA_GATEWAY, gateway.packed)
-        + _attribute(_RTA_OIF, _U32.pack(index))
+        + attribute(_RTA_GATEWAY, gateway.packed)
+        + attribute(_RTA_OIF, _U32.pack(index))
     )
     return Message(_NEWROUTE, _CREATE | _EXCL, body, f"default route via {gateway}")
 
@@ -155,13 +154,7 @@ def mtu_of(link: bytes) -> int:
 
 def _find(link: bytes, wanted: int) -> bytes:
     """The value of an attribute in an answer to `get_link`; empty when there is none."""
-    at = _LINK.size
-    while at + _ATTRIBUTE.size <= len(link):
-        length, kind = _ATTRIBUTE.unpack_from(link, at)
-        if kind == wanted:
-            return link[at + _ATTRIBUTE.size : at + length]
-        at += _padded(max(length, _ATTRIBUTE.size))
-    return b""
+    return next((value for kind, value in attributes(link[_LINK.size :]) if kind == wanted), b"")
 
 
 # --- the socket -----------------------------------------------------------------------------------------------------
@@ -176,20 +169,24 @@ class Channel:
         self._socket.settimeout(timeout)
         self._sequence = count(1)
 
-    def exchange(self, messages: Sequence[Message]) -> list[bytes]:
+    def exchange(self, requests: Sequence[Message]) -> list[bytes]:
         """Sends all in one datagram. Returns the answer's body for each, empty for one that was only carried out.
 
         Raises OSError with the errno of the first that failed, after all were tried; `filename` says what it was.
         """
-        numbered = {next(self._sequence): message for message in messages}
-        self._socket.send(b"".join(_pack(number, message) for number, message in numbered.items()))
+        numbered = {next(self._sequence): each for each in requests}
+        self._socket.send(
+            b"".join(
+                message(each.kind, _REQUEST | _ACK | each.flags, number, each.body) for number, each in numbered.items()
+            )
+        )
         bodies: dict[int, bytes] = {}
         errors: dict[int, int] = {}
         while numbered.keys() - errors.keys():  # an answer that nobody waits for any more counts for nothing
             _read(self._socket.recv(_BUFFER), bodies, errors)
-        for number, message in numbered.items():
+        for number, each in numbered.items():
             if errors[number]:
-                raise OSError(errors[number], os.strerror(errors[number]), message.what)
+                raise OSError(errors[number], os.strerror(errors[number]), each.what)
         return [bodies.get(number, b"") for number in numbered]
 
     def close(self) -> None:
@@ -198,34 +195,16 @@ class Channel:
 
 
 def _read(datagram: bytes, bodies: dict[int, bytes], errors: dict[int, int]) -> None:
-    at = 0
-    while at + _HEADER.size <= len(datagram):
-        length, kind, _, number, _ = _HEADER.unpack_from(datagram, at)
-        body = datagram[at + _HEADER.size : at + length]
+    for kind, _, number, body in messages(datagram):
         if kind == _ERROR:
             errors[number] = -_ERRNO.unpack_from(body)[0]
         else:
             bodies[number] = body
-        at += _padded(max(length, _HEADER.size))
-
-
-def _pack(number: int, message: Message) -> bytes:
-    header = _HEADER.pack(_HEADER.size + len(message.body), message.kind, _REQUEST | _ACK | message.flags, number, 0)
-    return header + message.body
 
 
 def _end(end: End) -> bytes:
     return (
-        _attribute(_IFLA_IFNAME, end.ifname.encode() + b"\0")
-        + _attribute(_IFLA_MTU, _U32.pack(end.mtu))
-        + _attribute(_IFLA_ADDRESS, bytes.fromhex(end.mac.replace(":", "")))
+        attribute(_IFLA_IFNAME, end.ifname.encode() + b"\0")
+        + attribute(_IFLA_MTU, _U32.pack(end.mtu))
+        + attribute(_IFLA_ADDRESS, bytes.fromhex(end.mac.replace(":", "")))
     )
-
-
-def _attribute(kind: int, payload: bytes) -> bytes:
-    length = _ATTRIBUTE.size + len(payload)
-    return _ATTRIBUTE.pack(length, kind) + payload + b"\0" * (_padded(length) - length)
-
-
-def _padded(length: int) -> int:
-    return (length + 3) & ~3

@@ -10,7 +10,7 @@ Every function here runs on the netlink thread.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from pyroute2.netlink.exceptions import NetlinkError
 
@@ -47,9 +47,8 @@ class Shaper:
 
     def _redirect(self, host_ifname: str, indices: dict[Queue, int]) -> None:
         try:
-            self._thread.redirects.add(
-                tc.Redirect(link=host_ifname, egress=queue.to_pod, to=index) for queue, index in indices.items()
-            )
+            redirects = [tc.Redirect(link=host_ifname, egress=each.to_pod, to=index) for each, index in indices.items()]
+            self._thread.nftables.carry_out(tc.TABLE, tc.lead(redirects))
         except OSError as error:
             why = f": {_SUPPORTED_SINCE}" if error.errno in _UNSUPPORTED else ""
             raise PlumbingFailed(
@@ -74,9 +73,16 @@ class Shaper:
 
     def sweep_chains(self) -> None:
         """Deletes the chains of links that are gone. For after their deletion."""
-        with naming(f"table netdev {tc.TABLE}"), tolerating(errno.ENOENT):
-            chains = self._thread.redirects.chains()
-            self._thread.redirects.delete(chain for chain in chains if not index_of(chain.partition("_")[2]))
+        self._drop_chains(lambda link: not index_of(link))
+
+    def _drop_chains(self, is_dropped: Callable[[str], bool]) -> None:
+        """Deletes the chains of such links."""
+        with naming(f"table {tc.TABLE}"), tolerating(errno.ENOENT):
+            chains = [chain for chain in self._chains() if is_dropped(chain.partition("_")[2])]
+            self._thread.nftables.carry_out(tc.TABLE, tc.drop_chains(chains))
+
+    def _chains(self) -> frozenset[str]:
+        return self._thread.nftables.chains(tc.TABLE)
 
     def strays(self, known: Iterable[str]) -> tuple[str, ...]:
         """Wires that are gone and left a device. `known` are the names of those that somebody still has."""
@@ -91,7 +97,7 @@ class Shaper:
         wanted = queues(attachment)
         if not wanted:
             return []
-        chains, found = self._thread.redirects.chains(), []
+        chains, found = self._chains(), []
         for queue in wanted:
             way = "to the pod" if queue.to_pod else "from the pod"
             there = self._bucket(queue.ifname)
@@ -111,11 +117,7 @@ class Shaper:
         if not self.differences(attachment):
             return False
         self.delete(attachment.host_ifname)
-        chains = self._thread.redirects.chains()
-        with naming(f"table netdev {tc.TABLE}"), tolerating(errno.ENOENT):
-            self._thread.redirects.delete(
-                chain for chain in chains if chain.partition("_")[2] == attachment.host_ifname
-            )
+        self._drop_chains(lambda link: link == attachment.host_ifname)
         self.limit(attachment)
         return True
 

@@ -43,7 +43,7 @@ def _ask(diag: socket.socket, family: int, protocol: str, port: int) -> list[Add
     diag.send(message(_BY_FAMILY, _REQUEST | _DUMP, family, body))
     found: list[Address] = []
     while True:
-        for kind, _, answer in messages(diag.recv(_BUFFER)):
+        for kind, _, _, answer in messages(diag.recv(_BUFFER)):
             if kind == _DONE:
                 return found
             if kind == _ERROR:

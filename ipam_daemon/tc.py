@@ -1,7 +1,8 @@
 """What a limited wire takes of the kernel, packed by hand: ifb devices, token buckets, the chains that lead to them.
 
     rtnetlink    make_ifb · add_bucket · get_bucket · join_group   Messages for an exchange (ipam_daemon/rtnl.py)
-    nf_tables    Redirects   a chain of our netdev table at a link's ingress or egress: fwd to the ifb device
+    nf_tables    lead · drop_chains   Steps for a batch (ipam_daemon/nfnetlink.py): a chain of our netdev table at a
+                                      link's ingress or egress, which forwards to the ifb device
 
 pyroute2 takes 0.3 ms for each of these requests, an `nft` process 5 ms for the chains; packed, all of a wire's take
 0.5 ms. A chain is of one link and dies with it or, from 6.16 on, waits for another of that name: it is deleted with the
@@ -12,17 +13,16 @@ Source: linux/if_link.h, linux/rtnetlink.h, linux/pkt_sched.h, linux/netfilter/n
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
 
 from ipam_daemon.bandwidth import TICK_NS, Bucket
+from ipam_daemon.nfelements import Family, Table
+from ipam_daemon.nfnetlink import Step
 from ipam_daemon.rtnl import Message
-from podwire.nlattr import attribute, attributes, message, messages, nested
+from podwire.nlattr import attribute, attributes, nested
 
 # rtnetlink
 _NEWLINK, _NEWQDISC, _GETQDISC = 16, 36, 38
@@ -38,12 +38,8 @@ _ETHERNET, _MOST_U32 = 1, (1 << 32) - 1
 _U32, _U64 = struct.Struct("=I"), struct.Struct("=Q")
 
 # nf_tables
-_NETLINK_NETFILTER, _NETDEV, _NFTABLES = 12, 5, 10
-_ERROR, _DONE = 2, 3
-_REQUEST, _ACK, _DUMP, _APPEND = 0x1, 0x4, 0x300, 0x800
-_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_NEWTABLE, _NEWCHAIN, _GETCHAIN, _DELCHAIN, _NEWRULE = ((_NFTABLES << 8) + number for number in (0, 3, 4, 5, 6))
-_GENERIC = struct.Struct("!BBH")  # nfgenmsg: family, version, resource
+_NFTABLES, _APPEND = 10, 0x800
+_NEWTABLE, _NEWCHAIN, _DELCHAIN, _NEWRULE = ((_NFTABLES << 8) + number for number in (0, 3, 5, 6))
 _TABLE_NAME = 1
 _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_TYPE = 1, 3, 4, 7
 _HOOK_NUMBER, _HOOK_PRIORITY, _HOOK_DEVICE = 1, 2, 3
@@ -52,8 +48,8 @@ _RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS, _LIST_ELEMENT = 1, 2, 4, 1
 _EXPRESSION_NAME, _EXPRESSION_DATA = 1, 2
 _REGISTER = 1
 _BE32 = struct.Struct("!I")
-_BUFFER, _TIMEOUT, _TIMEVAL = 1 << 16, 5, struct.Struct("@ll")
-TABLE = "podwire_bandwidth"
+TABLE = Table(Family.NETDEV, "podwire_bandwidth")
+"""The table of redirects: a chain for each."""
 
 
 # --- links and queues -----------------------------------------------------------------------------------------------
@@ -128,63 +124,20 @@ class Redirect(msgspec.Struct, frozen=True, kw_only=True):
         return f"{'out' if self.egress else 'in'}_{self.link}"
 
 
-class Redirects:
-    """The table `netdev podwire_bandwidth`: a chain for each redirect. It belongs to the namespace it is made in."""
+def lead(redirects: Iterable[Redirect]) -> list[Step]:
+    """The steps that make them, and the table if there is none; for family netdev."""
+    steps = [Step(_NEWTABLE, _CREATE, attribute(_TABLE_NAME, _text(TABLE.name)))]
+    for each in redirects:
+        steps += [Step(_NEWCHAIN, _CREATE, _chain(each)), Step(_NEWRULE, _CREATE | _APPEND, _rule(each))]
+    return steps
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(_TIMEOUT, 0))  # for listings
 
-    def add(self, redirects: Iterable[Redirect]) -> None:
-        """Makes all of them or none, and the table if there is none. Raises OSError."""
-        steps = [(_NEWTABLE, _CREATE, attribute(_TABLE_NAME, _text(TABLE)))]
-        for each in redirects:
-            steps += [(_NEWCHAIN, _CREATE, _chain(each)), (_NEWRULE, _CREATE | _APPEND, _rule(each))]
-        self._commit(steps)
-
-    def delete(self, chains: Iterable[str]) -> None:
-        """Deletes chains that are there, with their rules. Raises OSError."""
-        named = [attribute(_CHAIN_TABLE, _text(TABLE)) + attribute(_CHAIN_NAME, _text(chain)) for chain in chains]
-        if named:
-            self._commit([(_DELCHAIN, 0, body) for body in named])
-
-    def chains(self) -> frozenset[str]:
-        """The names of the chains that there are."""
-        self._socket.send(message(_GETCHAIN, _REQUEST | _DUMP, 0, _GENERIC.pack(_NETDEV, 0, 0)))
-        found: set[str] = set()
-        while True:
-            for kind, _, body in messages(self._socket.recv(_BUFFER)):
-                if kind == _DONE:
-                    return frozenset(found)
-                if kind == _ERROR:
-                    _raise(body, "listing chains")
-                chain = dict(attributes(body[_GENERIC.size :]))
-                if _string(chain[_CHAIN_TABLE]) == TABLE:
-                    found.add(_string(chain[_CHAIN_NAME]))
-
-    def close(self) -> None:
-        """Closes the socket."""
-        self._socket.close()
-
-    def _commit(self, steps: Sequence[tuple[int, int, bytes]]) -> None:
-        """One batch. Only the last step asks for an answer: a step that fails answers unasked."""
-        batch, last = _GENERIC.pack(0, 0, _NFTABLES), len(steps)
-        parts = [message(_BATCH_BEGIN, _REQUEST, 0, batch)]
-        for number, (kind, flags, body) in enumerate(steps, 1):
-            asked = _ACK if number == last else 0
-            parts.append(message(kind, _REQUEST | flags | asked, number, _GENERIC.pack(_NETDEV, 0, 0) + body))
-        self._socket.send(b"".join([*parts, message(_BATCH_END, _REQUEST, last + 1, batch)]))
-        answers: list[bytes] = []
-        while True:
-            try:
-                datagram = self._socket.recv(_BUFFER, socket.MSG_DONTWAIT)  # the kernel answers before send() returns
-            except BlockingIOError:
-                break
-            answers += [body for kind, _, body in messages(datagram) if kind == _ERROR]
-        if not answers:
-            raise OSError(errno.EPROTO, os.strerror(errno.EPROTO), f"{TABLE}: a batch without an answer")
-        for body in answers:
-            _raise(body, f"table netdev {TABLE}")
+def drop_chains(chains: Iterable[str]) -> list[Step]:
+    """The steps that delete chains that are there, with their rules."""
+    return [
+        Step(_DELCHAIN, 0, attribute(_CHAIN_TABLE, _text(TABLE.name)) + attribute(_CHAIN_NAME, _text(chain)))
+        for chain in chains
+    ]
 
 
 def _chain(redirect: Redirect) -> bytes:
@@ -194,7 +147,7 @@ def _chain(redirect: Redirect) -> bytes:
         + attribute(_HOOK_DEVICE, _text(redirect.link))
     )
     return (
-        attribute(_CHAIN_TABLE, _text(TABLE))
+        attribute(_CHAIN_TABLE, _text(TABLE.name))
         + attribute(_CHAIN_NAME, _text(redirect.chain))
         + nested(_CHAIN_HOOK, hook)
         + attribute(_CHAIN_TYPE, _text("filter"))
@@ -206,7 +159,7 @@ def _rule(redirect: Redirect) -> bytes:
     register, value = _BE32.pack(_REGISTER), nested(2, attribute(1, _U32.pack(redirect.to)))
     expressions = _expression("immediate", attribute(1, register) + value) + _expression("fwd", attribute(1, register))
     return (
-        attribute(_RULE_TABLE, _text(TABLE))
+        attribute(_RULE_TABLE, _text(TABLE.name))
         + attribute(_RULE_CHAIN, _text(redirect.chain))
         + nested(_RULE_EXPRESSIONS, expressions)
     )
@@ -216,15 +169,5 @@ def _expression(name: str, data: bytes) -> bytes:
     return nested(_LIST_ELEMENT, attribute(_EXPRESSION_NAME, _text(name)) + nested(_EXPRESSION_DATA, data))
 
 
-def _raise(answer: bytes, what: str) -> None:
-    number = -struct.unpack_from("=i", answer)[0]
-    if number:
-        raise OSError(number, os.strerror(number), what)
-
-
 def _text(name: str) -> bytes:
     return name.encode() + b"\0"
-
-
-def _string(payload: bytes) -> str:
-    return payload.rstrip(b"\0").decode()

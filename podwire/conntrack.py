@@ -50,7 +50,7 @@ def dump(open_channel: socket.socket, family: int, filters: bytes = b"") -> Iter
     body = _GENERIC.pack(family, 0, 0) + filters
     open_channel.send(message(_GET, _REQUEST | _DUMP, family, body))
     while True:
-        for kind, _, answer in messages(open_channel.recv(_BUFFER)):
+        for kind, _, _, answer in messages(open_channel.recv(_BUFFER)):
             if kind == _DONE:
                 return
             if kind == _ERROR:
@@ -70,7 +70,7 @@ def name_of(entry: Mapping[int, bytes]) -> bytes:
 def delete(open_channel: socket.socket, family: int, name: bytes) -> bool:
     """Deletes an entry. False when it is not there any more. Raises OSError."""
     open_channel.send(message(_DELETE, _REQUEST | _ACK, 0, _GENERIC.pack(family, 0, 0) + name))
-    for kind, _, answer in messages(open_channel.recv(_BUFFER)):
+    for kind, _, _, answer in messages(open_channel.recv(_BUFFER)):
         if kind == _ERROR:
             return _raise(answer, but_not=errno.ENOENT)
     return False

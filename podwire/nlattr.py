@@ -17,12 +17,12 @@ def message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
     return _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body + b"\0" * (-len(body) % 4)
 
 
-def messages(datagram: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Type, sequence and body of every message."""
+def messages(datagram: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Type, flags, sequence and body of every message."""
     at = 0
     while at + _HEADER.size <= len(datagram):
-        length, kind, _, sequence, _ = _HEADER.unpack_from(datagram, at)
-        yield kind, sequence, datagram[at + _HEADER.size : at + length]
+        length, kind, flags, sequence, _ = _HEADER.unpack_from(datagram, at)
+        yield kind, flags, sequence, datagram[at + _HEADER.size : at + length]
         at += (max(length, _HEADER.size) + 3) & ~3
 
 
