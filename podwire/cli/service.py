@@ -27,7 +27,7 @@ from rich.table import Table
 from kube_proxy_lite import settings as proxy_settings
 from kube_proxy_lite.model import Backend, Frontend, PortPlan, Protocol, Source, Verdict, decide
 from kube_proxy_lite.settings import Mode, ProxyConfig
-from podwire.cli import service_view
+from podwire.cli import service_reading
 from podwire.cli.agent import add_output
 from podwire.cli.service_trace import KINDS, Expectation, Hop, Origin, Target, trace
 from podwire.cli.service_view import Cluster, addresses_of, node_addresses
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Does what the verb says. Returns its exit code. Raises PodwireError."""
     place = _in_lab(arguments) if arguments.name else _on_node(arguments)
-    cluster = service_view.read(place.config.kubernetes, place.config.rules())
+    cluster = service_reading.read(place.config.kubernetes, place.config.rules())
     verbs: dict[str, Callable[[argparse.Namespace, Place, Cluster], Object]] = {
         "list": lambda given, _, all_: {"services": listed(all_, given.namespace)},
         "show": lambda given, _, all_: shown(all_, (given.namespace, given.service)),
