@@ -2,8 +2,9 @@
 
 A node that was in another mode has that one's rules. They stay until this mode's are there, so that no Service is away
 in between (of two chains that would translate a connection the first one does, whichever that is), and then they go:
-rules that nobody keeps send connections to pods of long ago. The same holds for the table of NetworkPolicy where
-policies are not enforced any more. What other programs have made stays, another proxy's rules among it.
+rules that nobody keeps send connections to pods of long ago. The same holds for NetworkPolicy, which is in nftables
+but in the mode iptables, and nowhere where policies are not enforced any more. What other programs have made stays,
+another proxy's rules among it.
 """
 
 from __future__ import annotations
@@ -18,21 +19,24 @@ import msgspec
 from kube_proxy_lite.apply.iptables import IptablesApplier
 from kube_proxy_lite.apply.nftables import NftablesApplier
 from kube_proxy_lite.apply.nftevents import Touches, in_iptables, in_tables
+from kube_proxy_lite.apply.policy_iptables import PolicyIptablesApplier
 from kube_proxy_lite.apply.policy_nftables import PolicyApplier
 from kube_proxy_lite.errors import ModeUnavailable
 from kube_proxy_lite.model import Settings
+from kube_proxy_lite.render import interface
 from kube_proxy_lite.render.interface import Applier, Changes, ClusterIPs, Renderer
 from kube_proxy_lite.render.iptables import IptablesRenderer
 from kube_proxy_lite.render.nftables import NftablesRenderer
 from kube_proxy_lite.render.nftables_layout import WORDS
+from kube_proxy_lite.render.policy_iptables import PolicyIptablesRenderer
+from kube_proxy_lite.render.policy_iptables_rules import TABLE as POLICY_CHAINS
 from kube_proxy_lite.render.policy_nftables import TABLE as POLICY_TABLE
+from kube_proxy_lite.render.policy_nftables import PolicyRenderer
 from kube_proxy_lite.settings import Mode
 
 _IPV6 = Path("/proc/net/if_inet6")
 _JUMPS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")
 _TABLES = ("nat", "filter")
-POLICY_TOUCHES = in_tables((POLICY_TABLE.split()[1],))
-"""What is drift of NetworkPolicy's table."""
 
 
 class MadeMode(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,9 +49,22 @@ class MadeMode(msgspec.Struct, frozen=True, kw_only=True):
     is_own: Callable[[int], bool] = lambda _pid: False
 
 
+def _versions() -> tuple[int, ...]:
+    """The families that the node has."""
+    return (4, 6) if _IPV6.exists() else (4,)
+
+
+class MadePolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """NetworkPolicy's renderer and applier. `touches` says which changes of nftables by others are drift."""
+
+    renderer: interface.PolicyRenderer[Any, Any]
+    applier: interface.PolicyApplier[Any, Any]
+    touches: Touches
+
+
 def make_mode(mode: Mode, settings: Settings) -> MadeMode:
     """The parts of `mode`. Raises ModeUnavailable when what it needs is not there."""
-    versions = (4, 6) if _IPV6.exists() else (4,)
+    versions = _versions()
     if mode is Mode.NFTABLES:
         need("nft", "nftables")
         nftables = NftablesApplier(versions=versions)
@@ -62,6 +79,21 @@ def make_mode(mode: Mode, settings: Settings) -> MadeMode:
             renderer=IptablesRenderer(settings, versions), applier=iptables, touches=touches, is_own=iptables.is_own
         )
     return MadeMode(renderer=Nothing(), applier=Nothing())
+
+
+def make_policy(mode: Mode) -> MadePolicy:
+    """NetworkPolicy's parts beside Services of `mode`. Raises ModeUnavailable when what they need is not there."""
+    if mode is Mode.IPTABLES:
+        need("iptables-restore", "iptables")
+        need("ipset", "ipset")
+        versions = _versions()
+        return MadePolicy(
+            renderer=PolicyIptablesRenderer(versions),
+            applier=PolicyIptablesApplier(versions=versions),
+            touches=in_iptables("PODWIRE-", ("FORWARD",), (POLICY_CHAINS,)),
+        )
+    need("nft", "nftables")
+    return MadePolicy(renderer=PolicyRenderer(), applier=PolicyApplier(), touches=in_tables((POLICY_TABLE.split()[1],)))
 
 
 def need(program: str, package: str) -> None:
@@ -90,9 +122,13 @@ def _removals(mode: Mode | None, policy: bool) -> list[Callable[[], Awaitable[No
     found: list[Callable[[], Awaitable[None]]] = []
     if shutil.which("nft"):
         found += [NftablesApplier().remove] if mode is not Mode.NFTABLES else []
-        found += [PolicyApplier().remove] if not policy else []
-    if mode is not Mode.IPTABLES and shutil.which("iptables-restore"):
-        found.append(IptablesApplier().remove)
+        found += [PolicyApplier().remove] if not policy or mode is Mode.IPTABLES else []
+    if shutil.which(
+        "iptables-restore"
+    ):  # policies first: Services tell the backend
+        if shutil.which("ipset") and (not policy or mode is not Mode.IPTABLES):
+            found.append(PolicyIptablesApplier().remove)
+        found += [IptablesApplier().remove] if mode is not Mode.IPTABLES else []
     return found
 
 

@@ -24,15 +24,13 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-from kube_proxy_lite.apply.policy_nftables import PolicyApplier
 from kube_proxy_lite.attached import Attached
 from kube_proxy_lite.intake import Intake, door
 from kube_proxy_lite.model import Address, Network
 from kube_proxy_lite.policy.evaluate import judge
 from kube_proxy_lite.policy.model import Flow
 from kube_proxy_lite.policy.policies import Policies
-from kube_proxy_lite.render.interface import ApplyFailed
-from kube_proxy_lite.render.policy_nftables import PolicyRenderer
+from kube_proxy_lite.render.interface import ApplyFailed, PolicyApplier, PolicyRenderer
 from kube_proxy_lite.stale import Connection
 from kube_proxy_lite.sync import Connections, SyncObserver
 from podwire.kube.kinds import NAMESPACES, NETWORK_POLICIES, PODS, Wanted
@@ -49,8 +47,8 @@ class PolicySync:
         self,
         policies: Policies,
         node: str,
-        renderer: PolicyRenderer,
-        applier: PolicyApplier,
+        renderer: PolicyRenderer[Any, Any],
+        applier: PolicyApplier[Any, Any],
         connections: Connections,
         observer: SyncObserver,
         *,

@@ -31,7 +31,6 @@ from kube_proxy_lite import health
 from kube_proxy_lite.apply.addresses import own_addresses
 from kube_proxy_lite.apply.conntrack import Conntrack
 from kube_proxy_lite.apply.nftevents import NftEvents, Touches
-from kube_proxy_lite.apply.policy_nftables import PolicyApplier
 from kube_proxy_lite.apply.sysctls import set_conntrack
 from kube_proxy_lite.attached import AttachedPods
 from kube_proxy_lite.drift import Drift
@@ -39,10 +38,9 @@ from kube_proxy_lite.health import Keeping
 from kube_proxy_lite.health_ports import ServiceHealth
 from kube_proxy_lite.metrics import Metrics
 from kube_proxy_lite.model import Network, Settings
-from kube_proxy_lite.modes import POLICY_TOUCHES, make_mode, need, remove_all_but
+from kube_proxy_lite.modes import make_mode, make_policy, remove_all_but
 from kube_proxy_lite.policy.policies import Policies
 from kube_proxy_lite.policy_sync import PolicySync
-from kube_proxy_lite.render.policy_nftables import PolicyRenderer
 from kube_proxy_lite.services import Services
 from kube_proxy_lite.settings import Mode, ProxyConfig
 from kube_proxy_lite.sync import ServiceSync
@@ -82,6 +80,7 @@ class Proxy:
             settings_of=partial(settings_now, config, rules),
             own_addresses=own_addresses,
         )
+        self._policies_there = asyncio.Event()
         self._policy = self._make_policy() if config.network_policy else None
         self._keeping = Keeping(2 * config.sync_period, self._oldest_wait, self._synced_at)
         self._health = ServiceHealth(self._keeping)
@@ -89,12 +88,13 @@ class Proxy:
         self._sync.node_changed = self._keeping.take_node
 
     def _make_policy(self) -> PolicySync:
-        need("nft", "nftables")
+        made = make_policy(self._config.mode)
+        self._policy_touches = made.touches
         return PolicySync(
             Policies(self._config.node),
             self._config.node,
-            PolicyRenderer(),
-            PolicyApplier(),
+            made.renderer,
+            made.applier,
             Conntrack(),
             self._metrics.policies,
             period=self._config.sync_period,
@@ -134,13 +134,18 @@ class Proxy:
             return
         attached = AttachedPods(Path(self._config.daemon_socket), policy, lambda: policy.synced)
         policy.settle = attached.settle
-        policy.ran = attached.note_synced
+        policy.ran = partial(self._policies_ran, policy, attached)
         yield from (policy.intake.follow(source, wanted) for wanted in policy.wanted())
         yield attached.follow_forever()
         yield policy.settle_forever()
         yield policy.runner.run_forever()
         yield policy.repairer.run_forever()
-        yield self._watch_drift("policies", POLICY_TOUCHES, policy.is_own, policy.runner)
+        yield self._watch_drift("policies", self._policy_touches, policy.is_own, policy.runner)
+
+    def _policies_ran(self, policy: PolicySync, attached: AttachedPods) -> None:
+        attached.note_synced()
+        if policy.synced:
+            self._policies_there.set()
 
     def _pages(self) -> Iterator[Coroutine[Any, Any, None]]:
         config, metrics = self._config, self._metrics
@@ -170,6 +175,8 @@ class Proxy:
         """Once this mode's rules are there."""
         if self._config.mode is not Mode.NONE:
             await self._sync.synced.wait()
+        if self._policy is not None:
+            await self._policies_there.wait()
         pauses = Backoff(1.0, 60.0)
         while True:
             try:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from kube_proxy_lite.apply.iptables import IptablesApplier
 from kube_proxy_lite.render.interface import ApplyFailed
-from kube_proxy_lite.render.iptables_listing import parse
+from kube_proxy_lite.render.iptables_listing import Listing, parse
 from kube_proxy_lite.render.policy_iptables import PolicyListing, PolicyStep, parse_sets, removal
 from kube_proxy_lite.render.policy_iptables_rules import TABLE, is_own_chain, set_of
-from kube_proxy_lite.render.policy_sets import VERSIONS
+from kube_proxy_lite.render.policy_sets import VERSIONS, Elements
 
 _TRIES, _PAUSE = 12, 0.01  # 10 ms, 20 ms, 30 ms …: 0.8 s in all
 
@@ -44,26 +44,36 @@ class PolicyIptablesApplier:
 
     async def read(self) -> PolicyListing:
         """What the kernel has. Raises ApplyFailed."""
-        sets = parse_sets(await self._iptables.program("ipset", "save"))
-        listing = PolicyListing(sets=sets)
-        for version in self._versions:
-            text = await self._iptables.save(version, TABLE)
-            listing.rules[version] = parse(text, is_own_chain, "PODWIRE-")
-        return listing
+        return PolicyListing(sets=await self._sets(), rules=await self._rules())
 
     async def remove(self) -> None:
-        """Takes chains and sets out; nothing when there are none."""
-        listing = await self.read()
-        await self._iptables.apply([each for of, rules in listing.rules.items() for each in removal(of, rules)])
-        await self._destroy([set_of(name) for name in listing.sets])
+        """Takes chains and sets out; nothing when there are none, or when the kernel knows no sets."""
+        rules = await self._rules()
+        try:
+            sets = await self._sets()
+        except ApplyFailed:
+            if any(each.chains for each in rules.values()):
+                raise
+            return
+        await self._iptables.apply([each for of, found in rules.items() for each in removal(of, found)])
+        await self._destroy([set_of(name) for name in sets])
+
+    async def _sets(self) -> dict[str, Elements]:
+        return parse_sets(await self._iptables.program("ipset", "save"))
+
+    async def _rules(self) -> dict[int, Listing]:
+        texts = {version: await self._iptables.save(version, TABLE) for version in self._versions}
+        return {version: parse(text, is_own_chain, "PODWIRE-") for version, text in texts.items()}
 
     async def _destroy(self, names: Sequence[str]) -> None:
         left = list(names)
+        if not left:
+            return
         for attempt in range(_TRIES):
             try:
                 await self._iptables.program("ipset", "restore", stdin="".join(f"destroy {name}\n" for name in left))
                 return
             except ApplyFailed:
                 await asyncio.sleep(_PAUSE * (attempt + 1))
-                there = parse_sets(await self._iptables.program("ipset", "save"))
-                left = [name for name in left[1:] + left[:1] if name in set(map(set_of, there))]
+                there = set(map(set_of, await self._sets()))
+                left = [name for name in left[1:] + left[:1] if name in there]

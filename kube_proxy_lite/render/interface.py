@@ -33,7 +33,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from kube_proxy_lite.model import Address, PortKey, PortPlan, Settings
+from kube_proxy_lite.model import Address, Network, PortKey, PortPlan, Settings
+from kube_proxy_lite.policy.membership import Fact, Value
 from podwire.errors import TryAgain
 
 T_co = TypeVar("T_co", covariant=True)  # transactions made, and taken
@@ -80,4 +81,24 @@ class Applier(Protocol[T_contra, L_co]):
 
     async def remove(self) -> None:
         """Take everything of this mode out of the kernel; nothing when there is nothing."""
+        ...
+
+
+class PolicyRenderer(Protocol[T_co, L_contra]):
+    """As Renderer, for the facts of policies (policy.policies)."""
+
+    def update(self, facts: Mapping[Fact, Value], local_blocks: frozenset[Network]) -> tuple[T_co, ...]:
+        """Take facts in, and the networks in which an address that nobody knows is closed."""
+        ...
+
+    def resync(self, listing: L_contra) -> tuple[T_co, ...]:
+        """Take `listing` for what the kernel holds; nothing is returned when that is what should be."""
+        ...
+
+
+class PolicyApplier(Applier[T_contra, L_co], Protocol[T_contra, L_co]):
+    """An Applier that knows its own processes, so that what they change is no drift."""
+
+    def is_own(self, pid: int) -> bool:
+        """Whether a process is one that was started here."""
         ...

@@ -287,18 +287,24 @@ table ip nat { chain KUBE-SERVICES { accept; }; chain mine { accept; }; }
 """
 
 
+POLICY = {"nftables": "podwire_policy", "iptables": "PODWIRE-POLICY"}
+"""What says that policies are enforced."""
+
+
 @pytest.mark.parametrize("mode", ["nftables", "iptables"])
 def test_cleanup_removes_what_is_ours_and_nothing_else(place: ProxyStage, mode: str) -> None:
     place.node.run("nft", "-f", "-", stdin=FOREIGN)
     before = place.rules()
     place.api.put(*WEB, *WEB_6)
     place.start(mode=mode, networkPolicy=True).end()
-    assert "podwire_policy" in place.rules()
+    assert POLICY[mode] in place.rules()
     assert place.answers() == LOCAL
     cleaner = place.start("--cleanup", ready=False)
     assert cleaner.process.wait(30) == 0, cleaner.log.read_text()
     left = place.rules()
     assert "podwire_p" not in left
+    assert "PODWIRE" not in left
+    assert place.node.run("ipset", "list", "-n") == ""
     if mode == "nftables":
         assert left == before
     else:
@@ -322,8 +328,16 @@ def test_one_mode_follows_another_and_nothing_is_left_of_it(place: ProxyStage) -
     assert proxy.alive()
 
 
-def test_policies_that_are_switched_off_are_gone(place: ProxyStage) -> None:
-    place.start(networkPolicy=True).end()
-    assert "podwire_policy" in place.rules()
-    place.start()
-    until(lambda: "podwire_policy" not in place.rules())
+@pytest.mark.parametrize("mode", ["nftables", "iptables"])
+def test_policies_that_are_switched_off_are_gone(place: ProxyStage, mode: str) -> None:
+    place.start(networkPolicy=True, mode=mode).end()
+    assert POLICY[mode] in place.rules()
+    place.start(mode=mode)
+    until(lambda: POLICY[mode] not in place.rules())
+
+
+def test_policies_follow_the_mode(place: ProxyStage) -> None:
+    for mode, other in (("nftables", "iptables"), ("iptables", "nftables"), ("nftables", "iptables")):
+        proxy = place.start(networkPolicy=True, mode=mode)
+        until(lambda mode=mode, other=other: POLICY[mode] in place.rules() and POLICY[other] not in place.rules())  # type: ignore[misc]
+        proxy.end()
