@@ -13,12 +13,7 @@ from rich.console import Console
 from podwire.cli.agent import add_socket
 from podwire.cli.objects import add_cluster, read_access
 from podwire.errors import PodwireError
-from podwire.explain.cluster import Cluster, Place, PlaceKind, PortWish, read_port
-from podwire.explain.hops import NodeFacts
-from podwire.explain.objects import Objects
-from podwire.explain.path import Path, walk
-from podwire.explain.reading import LabReader, NodeReader, Reader
-from podwire.explain.reading import run as run_steps
+from podwire.explain.reading import LabReader, NodeReader, Reader, explain
 from podwire.explain.report import plain, show
 
 
@@ -58,27 +53,3 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show(path, console, commands=not arguments.quiet)
     return 0 if plain(path)["passes"] else 1
-
-
-def explain(objects: Objects, reader: Reader, source: str, target: str, port: str, namespace: str = "default") -> Path:
-    """The path between two places of a cluster. Raises PodwireError for places and ports that there are not."""
-    start = _source(Cluster(objects), source, namespace)
-    nodes = reader.nodes()
-    cluster = Cluster(objects, start.node)
-    _note_nodes(cluster, nodes)
-    wish: PortWish = read_port(port)
-    return run_steps(walk(cluster, nodes, start, cluster.place(target, namespace), wish), reader)
-
-
-def _source(cluster: Cluster, words: str, namespace: str) -> Place:
-    found = cluster.place(words, namespace, source=True)
-    if found.kind is not PlaceKind.POD:
-        raise PodwireError(f"{words} is no pod: a path begins at a pod, whose network can be looked into")
-    return found
-
-
-def _note_nodes(cluster: Cluster, nodes: dict[str, NodeFacts]) -> None:
-    """Tunnels' addresses and those on the underlay are their nodes'."""
-    for facts in nodes.values():
-        for address in (*facts.addresses, *facts.vteps):
-            cluster.node_addresses[address] = facts.name

@@ -21,7 +21,11 @@ from ipam_daemon.allocator import Layout
 from ipam_daemon.plan import mac_of
 from kube_proxy_lite.model import Address
 from podwire.errors import PodwireError
+from podwire.explain.cluster import Cluster, Place, PlaceKind, read_port
 from podwire.explain.hops import Ask, Key, NodeFacts, Reading, Steps, T, Where
+from podwire.explain.objects import Objects
+from podwire.explain.path import Path as Found
+from podwire.explain.path import walk
 from podwire.v1 import agent_pb2, agent_pb2_grpc
 
 _SECONDS = 10.0
@@ -52,6 +56,29 @@ def run(steps: Steps[T], reader: Reader) -> T:
     except StopIteration as end:
         result: T = end.value
         return result
+
+
+def explain(objects: Objects, reader: Reader, source: str, target: str, port: str, namespace: str = "default") -> Found:
+    """The path between two places of a cluster. Raises PodwireError for places and ports that there are not."""
+    start = _source(Cluster(objects), source, namespace)
+    nodes = reader.nodes()
+    cluster = Cluster(objects, start.node)
+    _note_nodes(cluster, nodes)
+    return run(walk(cluster, nodes, start, cluster.place(target, namespace), read_port(port)), reader)
+
+
+def _source(cluster: Cluster, words: str, namespace: str) -> Place:
+    found = cluster.place(words, namespace, source=True)
+    if found.kind is not PlaceKind.POD:
+        raise PodwireError(f"{words} is no pod: a path begins at a pod, whose network can be looked into")
+    return found
+
+
+def _note_nodes(cluster: Cluster, nodes: dict[str, NodeFacts]) -> None:
+    """Tunnels' addresses and those on the underlay are their nodes'."""
+    for facts in nodes.values():
+        for address in (*facts.addresses, *facts.vteps):
+            cluster.node_addresses[address] = facts.name
 
 
 class LabReader:

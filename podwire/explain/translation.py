@@ -3,13 +3,13 @@
     place  address . protocol . port ──▶ services: goto lb_tcp_N ──▶ eps_tcp: the N endpoints, a slot each
     back to the client itself ──▶ hairpin; from a node, or by a place of the node ──▶ masquerades, cluster_ips
 
-Of the iptables mode it is read whether the rules name the place and its endpoints; ask `iptables-save -t nat` for more.
+Of the iptables mode it is read whether chains lead from PREROUTING to the place, and from there to every endpoint.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from kube_proxy_lite.model import Address, FrontendKind, PortPlan, Protocol, Verdict
 from kube_proxy_lite.render.nftables_elements import address_text, endpoint_text, place_text, slot_maps
@@ -168,26 +168,59 @@ def _by_iptables(node: str, made: Translation, protocol: Protocol) -> Steps[Find
     assert made.address is not None
     save = "iptables-save" if made.address.version == 4 else "ip6tables-save"
     reading = yield Ask(Where(node), (save, "-t", "nat"))
-    if not reading.well or "KUBE-SERVICES" not in reading.text:
+    chains = _chains(reading.text)
+    if not reading.well or "KUBE-SERVICES" not in chains:
         text = f"the kernel of {node} has no rules for Services"
         return fails(text, _PROXY.format(node=node), reading)
-    lines = reading.text.splitlines()
-    bits = made.address.max_prefixlen
-    port = f"--dport {made.port}"
-    place = [line for line in lines if f"-d {made.address}/{bits}" in line and port in line.split(" -j ")[0]]
-    nodes = [line for line in lines if "KUBE-NODEPORTS" in line and port in line]
+    address, port = f"-d {made.address}/{made.address.max_prefixlen} ", f"--dport {made.port} "
+    places = [
+        line
+        for name in _reached(chains, ["PREROUTING"])
+        for line in chains[name]
+        if port in line and (address in line or name == "KUBE-NODEPORTS") and _target(line) != "KUBE-MARK-MASQ"
+    ]
+    if not places:
+        text = f"no rule of {node} that packets of pods meet names {made.address} {protocol} {made.port}"
+        return fails(text, _PROXY.format(node=node), reading)
+    ends = [line for name in _reached(chains, map(_target, places)) for line in chains[name]]
     missing = [
         f"{each.address}:{each.port}"
         for each in made.decision.backends
-        if not any(f"--to-destination {_bracketed(each.address)}:{each.port}" in line for line in lines)
+        if not any(line.endswith(f"--to-destination {_bracketed(each.address)}:{each.port}") for line in ends)
     ]
-    if not place and not nodes:
-        return fails(
-            f"no rule of {node} names {made.address} {protocol} {made.port}", _PROXY.format(node=node), reading
-        )
     if missing:
-        return fails(f"no rule of {node} leads to {', '.join(missing)}", _PROXY.format(node=node), reading)
-    return ok(f"iptables: {len(place) or len(nodes)} rules name the place, and there is one to each endpoint", reading)
+        text = f"the rules of {node} for it do not lead to {', '.join(missing)}"
+        return fails(text, _PROXY.format(node=node), reading)
+    return ok(f"iptables: chain {_target(places[0])}, and there is a rule to each endpoint", reading)
+
+
+def _chains(text: str) -> dict[str, list[str]]:
+    """Chain → its rules, of what iptables-save prints."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith(":"):
+            found.setdefault(line[1:].split()[0], [])
+        elif line.startswith("-A "):
+            found.setdefault(line.split()[1], []).append(line)
+    return found
+
+
+def _target(line: str) -> str:
+    """The chain that a rule sends to, or the verdict."""
+    match = re.search(r" -[jg] (\S+)", line)
+    return match[1] if match else ""
+
+
+def _reached(chains: dict[str, list[str]], first: Iterable[str]) -> list[str]:
+    """The chains that packets may come to from the first ones on, these among them."""
+    found: dict[str, None] = {}
+    ahead = [name for name in first if name in chains]
+    while ahead:
+        name = ahead.pop()
+        if name not in found:
+            found[name] = None
+            ahead += [target for target in map(_target, chains[name]) if target in chains]
+    return list(found)
 
 
 def _bracketed(address: Address) -> str:

@@ -13,48 +13,32 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import msgspec
 import pytest
 
 from podwire.cli import main as command
-from podwire.cli.explain import explain
-from podwire.errors import PodwireError
 from podwire.explain.hops import State
-from podwire.explain.live import fetch
-from podwire.explain.path import Path
-from podwire.explain.reading import LabReader
-from podwire.kube import options
-from podwire.kube.options import KubeOptions
-from podwire.lab import cluster, demo, node, process, proxy, state, topology
+from podwire.lab import cluster, demo, demo_policy, node, process, proxy, state
 from podwire.lab.state import LabState
-from podwire.lab.talk import ask
+from tests.netns.explain_stage import (
+    ECHO,
+    Object,
+    address_of,
+    fetched_ip,
+    labelled,
+    look,
+    on,
+    passes,
+    policy,
+    reaches,
+    service,
+    wait_served,
+)
 from tests.netns.lab_fixtures import Pods, fresh_name, pod
 
-Object = dict[str, Any]
 UNREADY = {"readinessProbe": {"exec": {"command": ["false"]}, "periodSeconds": 1}}
-ECHO = {"name": "web", "image": "echo", "ports": [{"name": "http", "containerPort": 80}]}
 LOCAL = {"name": "web", "command": [sys.executable, "-m", "http.server", "-b", "127.0.0.1", "8000"]}
-
-
-def labelled(made: Object, **labels: str) -> Object:
-    made["metadata"]["labels"] = {"app": made["metadata"]["name"], **labels}
-    return made
-
-
-def service(name: str, app: str, target: int = 80) -> Object:
-    spec = {"selector": {"app": app}, "ports": [{"port": 80, "targetPort": target}]}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}
-
-
-def policy(name: str, app: str, **spec: Any) -> Object:
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": {"name": name},
-        "spec": {"podSelector": {"matchLabels": {"app": app}}, **spec},
-    }
 
 
 OBJECTS = [
@@ -84,51 +68,12 @@ def lab() -> Iterator[LabState]:
         cluster.apply(made, [LATE])
         demo.start_outside(made)
 
-        def served() -> bool:
-            slices = fetch(access(made)).slices
-            return {each.service[1] for each in slices if each.endpoints} >= {"svc", "self", "wrong", "late"}
-
-        process.wait_for(served, 30, "the Services' endpoints")
+        wait_served(made, {"svc", "self", "wrong", "late"})
         process.wait_for(lambda: passes(made, "near", "svc", "80"), 30, "the proxies to have the Services")
         process.wait_for(lambda: passes(made, "near", "closed", "80"), 30, "the proxies to have the policies")
         yield made
     finally:
         cluster.down(made.name)
-
-
-def access(lab: LabState) -> Any:
-    return options.access(KubeOptions(kubeconfig=str(lab.files.kubeconfig)))
-
-
-def look(lab: LabState, source: str, target: str, port: str = "80") -> Path:
-    return explain(fetch(access(lab)), LabReader(lab.name), source, target, port)
-
-
-def passes(lab: LabState, source: str, target: str, port: str) -> bool:
-    path = look(lab, source, target, port)
-    return all(hop.state is State.OK for hop in path.hops)
-
-
-def on(lab: LabState, where: str, *words: str) -> str:
-    """Runs a command on a node, or in a pod (`pod/a`)."""
-    if where.startswith("pod/"):
-        enter, _ = cluster.exec_command(lab, "default", where.removeprefix("pod/"))
-        return topology.run([*enter, *words])
-    return topology.run([*node.enter_command(lab, where), *words])
-
-
-def reaches(lab: LabState, source: str, address: str, port: int = 80) -> bool:
-    """Whether a packet says so, too."""
-    try:
-        ask(lab.pod_netns("default", source), address, port, seconds=0.5)
-    except PodwireError:
-        return False
-    return True
-
-
-def address_of(lab: LabState, name: str) -> str:
-    found = next(each for each in cluster.pods(lab) if each["metadata"]["name"] == name)
-    return str(found["status"]["podIP"])
 
 
 # --- what needs no fault in a kernel ------------------------------------------------------------------------------
@@ -182,8 +127,8 @@ def test_every_command_that_is_shown_says_it_again(lab: LabState) -> None:
     path = look(lab, "a", "svc")
     shown = [each.command for hop in path.hops for each in hop.findings if each.command]
     assert len(shown) > 20
-    of_each_sort = {tuple(shlex.split(each)[slice(1, None)][5:8]): each for each in shown}
-    assert len(of_each_sort) > 5
+    of_each_sort = {shlex.split(each)[shlex.split(each).index("--") + 1]: each for each in shown}
+    assert of_each_sort.keys() == {"ip", "nft", "bridge", "ss", "sysctl"}
     for each in of_each_sort.values():
         words = [sys.executable, "-m", "podwire.cli.main", *shlex.split(each)[1:]]
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
@@ -358,10 +303,6 @@ def element(table: str, name: str, key: str) -> Callable[[LabState], list[list[s
         return [["nft", "add", "element", *table.split(), name, f"{{ {whole} }}"]]
 
     return make
-
-
-def fetched_ip(lab: LabState, name: str) -> str:
-    return str(next(each.spec.cluster_ip for each in fetch(access(lab)).services if each.metadata.name == name))
 
 
 def no_default_route(lab: LabState) -> list[list[str]]:
@@ -545,3 +486,55 @@ def test_the_text_ends_with_what_it_comes_to(lab: LabState, capsys: pytest.Captu
     assert said[-3].startswith("fails at hop 13, the listener (pod default/b): nothing listens on TCP 81")
     assert said[-2].startswith("fix: ")
     assert said[-1].startswith("see: podwire lab exec")
+
+
+# --- what else is asked of a cluster that runs --------------------------------------------------------------------
+
+
+def test_policies_of_a_cluster_that_runs(lab: LabState, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--name", lab.name]
+    for source, to, code in (("near", "closed", 0), ("a", "closed", 1), ("a", "svc/default/svc", 0), ("caged", "b", 1)):
+        assert command.main(["policy", "test", *flags, "--from", source, "--to", to, "--port", "80"]) == code
+    capsys.readouterr()
+    assert command.main(["policy", "matrix", *flags, "-o", "json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    place = {name: number for number, group in enumerate(shown["groups"]) for name in group["pods"]}
+    near, own, closed = (place[f"default/{name}"] for name in ("near", "a", "closed"))
+    assert (shown["cells"][near][closed]["state"], shown["cells"][own][closed]["state"]) == ("all", "none")
+    kubeconfig = ["--kubeconfig", str(lab.files.kubeconfig)]
+    assert command.main(["policy", "test", *kubeconfig, "--from", "a", "--to", "closed", "--port", "80"]) == 1
+
+
+def test_the_status_of_a_node_says_which_policies_are_in_effect(lab: LabState) -> None:
+    line = [sys.executable, "-m", "podwire.cli.main", "status", "--socket", str(lab.files.ipamd_socket("node1"))]
+    assert re.search(r"proxy nftables: up to date; policy generation \d+ is in effect", on(lab, "node1", *line))
+    shown = json.loads(on(lab, "node1", *line, "-o", "json"))["proxy"]
+    assert (shown["answers"], shown["healthy"], shown["generation"] > 0) == (True, True, True)
+
+
+class Said:
+    """A stage of the demonstration that keeps what it is told."""
+
+    def __init__(self, lab: LabState) -> None:
+        self.lab = lab
+        self.lines: list[str] = []
+        self.failures: list[str] = []
+
+    def title(self, text: str) -> None:
+        self.lines.append(text)
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def wrong(self, what: str) -> None:
+        self.failures.append(what)
+
+
+def test_the_demonstrations_stanza(lab: LabState) -> None:
+    stage = Said(lab)
+    try:
+        demo_policy.show_policy(stage)
+        assert stage.failures == []
+        assert any("fails at hop" in line and "shop/db-from-web" in line for line in stage.lines)
+    finally:
+        cluster.wait_deleted(lab, cluster.delete(lab, [*demo_policy.objects(), demo_policy.policy()]))
