@@ -52,7 +52,8 @@ class ServiceHealth:
                 self._changed.clear()
                 await self._serve()
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), RETRY_SECONDS if self.missing else None)
+                    async with asyncio.timeout(RETRY_SECONDS if self.missing else None):
+                        await self._changed.wait()
         finally:
             for _, runner in self._runners.values():
                 await runner.cleanup()

@@ -92,8 +92,9 @@ class Runner:
             if resync:
                 due = began + max(self._max_interval, _REST * (clock() - began))
             await asyncio.sleep(max(0.0, began + self._min_interval - clock()))
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), max(0.0, due - clock()))
+            with suppress(TimeoutError):  # wait_for of Python 3.11 may lose a cancellation
+                async with asyncio.timeout(max(0.0, due - clock())):
+                    await self._wake.wait()
 
     def _say(self, wrong: str) -> None:
         """A reason is logged when it is a new one, not with every attempt."""

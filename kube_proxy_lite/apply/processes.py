@@ -39,7 +39,8 @@ class Processes:
             raise ApplyFailed(f"{command[0]} cannot be run: {error.strerror}") from error
         self._started.append(process.pid)
         try:
-            out, err = await asyncio.wait_for(process.communicate(stdin.encode()), seconds)
+            async with asyncio.timeout(seconds):  # wait_for of Python 3.11 may lose a cancellation
+                out, err = await process.communicate(stdin.encode())
         except TimeoutError as error:
             raise ApplyFailed(f"{' '.join(command)} gave no answer within {seconds:g} s") from error
         finally:
