@@ -1,6 +1,6 @@
 """`make demo`: a lab, and stanza by stanza what it can do. Ends with `demo: OK`, or with what was not as it should be.
 
-    up ─▶ addresses ─▶ reachability ─▶ the wire ─▶ a Service ─▶ another backend ─▶ down
+    up ─▶ addresses ─▶ reachability ─▶ the wire ─▶ a Service ─▶ another backend ─▶ a policy ─▶ down
 
 Every stanza is a function of the Stage in STANZAS; a later feature adds its own. A stanza prints what it finds and
 calls `stage.wrong` for what differs from what DESIGN.md says, so that one failure does not hide the next. The lab has
@@ -32,6 +32,7 @@ from podwire.errors import PodwireError
 from podwire.lab import cluster, names, node, process, state, status, topology
 from podwire.lab.agent import daemon_status
 from podwire.lab.api.kinds import ENDPOINT_SLICES, SERVICES
+from podwire.lab.demo_policy import show_policy
 from podwire.lab.program import plan_program
 from podwire.lab.state import LabState
 from podwire.lab.talk import Answer, ask
@@ -413,7 +414,7 @@ def _wait_listening(tcpdump: subprocess.Popen[bytes]) -> None:
 
 
 STANZAS: tuple[Callable[[Stage], None], ...] = (
-    show_addresses, show_reachability, show_wire, show_service, show_backend,
+    show_addresses, show_reachability, show_wire, show_service, show_backend, show_policy,
 )  # fmt: skip
 
 

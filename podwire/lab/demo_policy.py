@@ -110,11 +110,11 @@ def _show_matrix(stage: Stage) -> None:
 def _show_path(stage: Stage) -> None:
     stage.say(f"  podwire explain --name {stage.lab.name} -n {NAMESPACE} guest db {_PORT}")
     path = explain(fetch(_access(stage.lab)), LabReader(stage.lab.name), "guest", "db", str(_PORT), NAMESPACE)
-    shown = " · ".join(f"{hop.title} {'✗' if hop.state is State.FAILS else '✓'}" for hop in path.hops)
-    stage.say(f"    {shown}")
+    first = path.first(State.FAILS)
+    passed = path.hops[: first[0] - 1] if first else path.hops
+    stage.say(f"    in order: {', '.join(hop.title for hop in passed)}")
     for line in conclusion(path):
         stage.say(f"    {line}")
-    first = path.first(State.FAILS)
     if first is None or first[1].title != "ingress policy" or f"{NAMESPACE}/{POLICY}" not in first[2].text:
         stage.wrong(f"explain does not name the policy: {conclusion(path)[0]}")
 

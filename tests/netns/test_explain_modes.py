@@ -1,4 +1,4 @@
-"""`podwire explain` where nodes are reached by plain routes, Services are in iptables, and pods have both families."""
+"""`podwire explain` where nodes are reached by plain routes, Services and policies are in iptables, and pods have both families."""
 
 from __future__ import annotations
 
@@ -57,6 +57,11 @@ def test_a_policy_of_both_families(lab: LabState) -> None:
         first = look(lab, "a", address).first(State.FAILS)
         assert first is not None
         assert first[1].title == "ingress policy"
+    allowed = look(lab, "b", "closed")
+    assert allowed.first(State.FAILS) is None
+    (hop,) = (each for each in allowed.hops if each.title == "ingress policy")
+    assert "the kernel sends it through PODWIRE-IN-" in hop.findings[1].text
+    assert {each.state for each in hop.findings} == {State.OK}
 
 
 def test_services_in_iptables(lab: LabState) -> None:

@@ -43,6 +43,8 @@ def test_it_shows_what_it_promises_and_ends_with_ok() -> None:
         r"green +node1 +10\.244\.\d+\.\d+ +\d+ ▪",
         r"Cluster +node1, 172\.31\.0\.11:3\d{4} .*✓\n *Local +node1, .* green 30 +172\.31\.0\.250 +✓",
         r"172\.31\.0\.11\.\d+ > 172\.31\.0\.12\.4789: VXLAN.*\n +IP 10\.244\.\d+\.\d+\.\d+ > 10\.244\.\d+\.\d+\.80",
+        r"guest asks db: answered; with the policy: nothing comes back",
+        r"fails at hop \d+, ingress policy \(node2\): .* by shop/db-from-web",
     ):
         assert re.search(pattern, said), pattern
     assert "✗" not in said
