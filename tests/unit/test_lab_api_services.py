@@ -161,7 +161,9 @@ def test_what_cannot_be_is_refused_with_its_field(story: str) -> None:
 
 def test_who_does_not_say_an_address_keeps_it() -> None:
     made = store()
-    spec = create(made, type="LoadBalancer", externalTrafficPolicy="Local")
+    asked: Object = {"clusterIP": "10.96.0.10", "healthCheckNodePort": 30001}  # not what would be chosen
+    port = {"port": 80, "nodePort": 30002}
+    spec = create(made, ports=[port], type="LoadBalancer", externalTrafficPolicy="Local", **asked)
     given = ("clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy", "healthCheckNodePort", "ports")
     bare: list[Object] = [{"port": 80, "name": "web"}, {"port": 81, "name": "more"}]
     after = change(made, without=given[:-1], ports=bare)
