@@ -45,7 +45,7 @@ from podwire.kube.kinds import (
 from podwire.kube.objects import EndpointSlice, Node
 from podwire.runner import Runner
 
-_NAMED_AT_ONCE = 20
+_NAMED_AT_ONCE = 100
 
 log = logging.getLogger(__name__)
 Key = tuple[str, str]
