@@ -107,23 +107,23 @@ class Agent:
         self.keep_blocks: Callable[[], Awaitable[bool]] = _kept_nowhere
         """Writes down for after a reboot which blocks are the node's; whether it could."""
         attachments.more = self.keeper.more
-        attachments.allocator.families = settings.families
+        attachments.addresses.allocator.families = settings.families
 
     # --- what others ask
 
     def not_ready(self) -> list[str]:
         """Why an ADD cannot succeed now; empty when it can."""
-        if not self._attachments.allocator.blocks:
+        if not self._attachments.addresses.allocator.blocks:
             return [f"this node has no block of addresses yet: {self._attachments.waiting_for}"]
         if self._attachments.fenced:
             return [f"{self._attachments.fenced} pods sit in a block that went to another node, and are cut off"]
         if not self._attachments.mtu:
             return [f"the node's data path is not set up yet: {self._attachments.waiting_for}"]
-        uses = self._attachments.uses()
+        uses = self._attachments.addresses.uses()
         return [self._shortage(family) for family in sorted(short_of(uses, self._settings.families))]
 
     def _shortage(self, family: int) -> str:
-        cidrs = [each.cidr for each in self._attachments.allocator.blocks if each.cidr.version == family]
+        cidrs = [each.cidr for each in self._attachments.addresses.allocator.blocks if each.cidr.version == family]
         where, why = ", ".join(map(str, cidrs)) or "no block", self.keeper.obstacle or "maxBlocks"
         return f"no IPv{family} address is free in {where}, and no block can be claimed: {why}"
 
@@ -180,11 +180,11 @@ class Agent:
 
     async def restore(self) -> None:
         """Takes up what the journal says, before any call is answered. Needs no etcd."""
-        await self._adopt_wires()
+        await self._attachments.strays.adopt_all()
         self._registry.recall(self._journal.meta(_SEEN) or "")
         self._recall_backend()
         self._blocks = tuple(await self._first_one_first(list(self._journal.blocks())))
-        self._attachments.use_blocks(self._blocks)
+        self._attachments.addresses.use_blocks(self._blocks)
         undone = await self._attachments.resume()
         if undone:
             self._metrics.repaired("unfinished-add", f"undid {undone} ADDs of the daemon before", undone)
@@ -198,26 +198,6 @@ class Agent:
         if known is not None:
             with suppress(msgspec.DecodeError):
                 self._config = msgspec.structs.replace(self._config, backend=decode(known.encode(), Backend))
-
-    async def _adopt_wires(self) -> None:
-        """What the kernel has and the journal has lost, with its file or a part of it, comes from the wires' aliases.
-
-        Killed wires go first: nobody may remember that their addresses are not free.
-        """
-        await self._thread.run(self._wires.reap, ())
-        journaled = {each.host_ifname for each in self._journal.attachments()}
-        journaled |= {each.host_ifname for each in self._journal.releasing()}
-        found = await self._thread.run(self._wires.found, time.time())
-        lost = [each for each in found if each.host_ifname not in journaled]
-        for attachment in lost:
-            if self._journal.get(attachment.key) is None:
-                self._journal.adopt(await self._thread.run(self._wires.recall, attachment))
-            else:
-                await self._thread.run(self._wires.delete, attachment.host_ifname)
-        if lost or self._journal.set_aside:
-            self._metrics.repaired("journal", f"took {len(lost)} wires from the kernel into the journal")
-            fields = {"set_aside": str(self._journal.set_aside or ""), "attachments": [str(each.key) for each in lost]}
-            log.error("the journal lacked wires that the kernel has, and has them again", extra={"fields": fields})
 
     # --- etcd
 
@@ -345,7 +325,7 @@ class Agent:
         self._journal_blocks(blocks)
         self._remember(_SEEN, self._registry.seen())
         self._blocks = tuple(blocks)
-        self._attachments.use_blocks(blocks)
+        self._attachments.addresses.use_blocks(blocks)
         if await self._attachments.fence():
             log.error("pods sit in a block that went to another node; they are cut off, and no pod is added")
         await self.keep_blocks()
@@ -364,7 +344,7 @@ class Agent:
         self._blocks = tuple(blocks)
         await self._converge(resync=False)
         point("block.plumbed")
-        self._attachments.use_blocks(blocks)
+        self._attachments.addresses.use_blocks(blocks)
 
     def _journal_blocks(self, blocks: Sequence[Block]) -> None:
         try:

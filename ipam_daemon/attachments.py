@@ -1,8 +1,8 @@
-"""ADD, DEL, CHECK and GC: the one place where allocator, journal and kernel change together.
+"""ADD, DEL, CHECK and GC: where addresses, journal and kernel change together.
 
-    ADD   lock(key) ─▶ allocate ─▶ journal: intent ─▶ wire ─▶ ports of the node ─▶ journal: commit ─▶ answer
+    ADD   lock(key) ─▶ allocate ─▶ journal: intent ─▶ wire ─▶ policies ─▶ ports of the node ─▶ journal: commit ─▶ answer
     DEL   tombstone ─▶ lock(key) ─▶ kill the wire ─▶ ports of the node ─▶ journal: releasing ─▶ answer
-          …   reap ─▶ cooling ─▶ free
+          …   reap ─▶ cooling ─▶ free    (ipam_daemon/reaper.py)
 
 The lock of an attachment spans all of it, rollback included. A DEL leaves its mark (a tombstone with the moment it was
 issued) before it waits for the lock, so an ADD in flight that was issued earlier sees it and undoes itself, and one
@@ -16,17 +16,16 @@ A wire that was killed but is still journaled as attached belongs to a DEL that 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
 
 from ipam_daemon import bandwidth, cni, hostports
-from ipam_daemon.allocator import Allocator, BlockUse
+from ipam_daemon.addresses import Addresses
 from ipam_daemon.cni import Call
 from ipam_daemon.errors import (
     CheckFailed,
@@ -42,23 +41,14 @@ from ipam_daemon.hostport_table import HostPorts
 from ipam_daemon.identity import boottime
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
-from ipam_daemon.model import (
-    Address,
-    Attachment,
-    AttachmentKey,
-    AttachmentState,
-    Block,
-    Interface,
-    Network,
-)
+from ipam_daemon.model import Attachment, AttachmentKey, AttachmentState
 from ipam_daemon.netlink import NetlinkThread, index_of
-from ipam_daemon.plan import gateways, is_same_wire, plan_attachment
+from ipam_daemon.plan import plan_attachment
 from ipam_daemon.podwatch import PodWatch
+from ipam_daemon.reaper import Reaper
+from ipam_daemon.strays import Strays
 from ipam_daemon.turns import Turns
 from ipam_daemon.wires import Wires, WireState
-
-_REAP_DELAY = 0.05  # seconds for more wires to join the group: deleting many costs as much as deleting one
-_REAP_RETRY = 1.0
 
 MoreAddresses = Callable[[Exhausted], Awaitable[None]]
 
@@ -86,19 +76,29 @@ class Attachments:
         self._wires = wires
         self._thread = thread
         self._metrics = metrics
-        self._cooldown = cooldown
-        self._clock = clock
-        self._allocator = Allocator()
-        self._gateways: Mapping[Network, Address] = {}
         self._host_ports = HostPorts(thread, journal, self._with_host_ports, nft)
         self._podwatch = podwatch or PodWatch(enabled=False)
         self._turns = Turns()
-        self._to_reap = asyncio.Event()
-        self._reaping = asyncio.Lock()
-        self.allocated = asyncio.Event()
-        """Set after every allocation: somebody may want to look at what is left."""
-        self.changed = asyncio.Event()
-        """Set whenever an address is taken or let go: somebody may want to write down which are held."""
+        self.addresses = Addresses(journal, cooldown, clock, self._blocks_changed)
+        self.reaper = Reaper(
+            journal=journal,
+            wires=wires,
+            thread=thread,
+            metrics=metrics,
+            addresses=self.addresses,
+            cooldown=cooldown,
+            clock=clock,
+        )
+        self.strays = Strays(
+            journal=journal,
+            wires=wires,
+            thread=thread,
+            metrics=metrics,
+            addresses=self.addresses,
+            turns=self._turns,
+            reaper=self.reaper,
+            stranded=self._count_fenced,
+        )
         self.more: MoreAddresses | None = None
         """Waits until there may be addresses again, or raises a CniError that says why there will be none."""
         self.mtu = 0
@@ -109,60 +109,13 @@ class Attachments:
         """Why there is no block or no MTU yet."""
 
     @property
-    def allocator(self) -> Allocator:
-        """Which addresses are in which state."""
-        return self._allocator
-
-    @property
-    def gateways(self) -> Mapping[Network, Address]:
-        """Block → the gateway of the pods in it."""
-        return self._gateways
-
-    @property
     def in_flight(self) -> frozenset[AttachmentKey]:
         """The attachments that something works on."""
         return self._turns.in_flight
 
-    def recount(self) -> None:
-        """Counts all addresses again from the journal."""
-        blocks = self._allocator.blocks
-        self._allocator.keep_blocks(())
-        self.use_blocks(blocks)
-
-    def uses(self) -> tuple[BlockUse, ...]:
-        """How each block is used now."""
-        return self._allocator.use(self._clock())
-
-    def use_blocks(self, blocks: Iterable[Block]) -> None:
-        """Takes addresses from `blocks`, and no others; what the journal says of a new one is restored first."""
-        blocks = tuple(blocks)
-        self._allocator.keep_blocks({block.cidr for block in blocks})
-        known = {block.cidr for block in self._allocator.blocks}
-        added = [block for block in blocks if block.cidr not in known]
-        used = [each.ip for attachment in self._journal.attachments() for each in attachment.addresses]
-        releasing = [each.ip for wire in self._journal.releasing() for each in wire.addresses]
-        latest = self._clock() + self._cooldown  # whatever a journal says that an earlier version wrote
-        cooling, last = self._journal.cooling(), self._journal.last()
-        for block in added:
-            self._allocator.add_block(block).restore(
-                used=[a for a in used if a in block.cidr],
-                releasing=[a for a in releasing if a in block.cidr],
-                cooling={a: min(until, latest) for a, until in cooling.items() if a in block.cidr},
-                last=next((a for a in last if a in block.cidr), None),
-            )
-        self._gateways = gateways(self._allocator.blocks)
+    def _blocks_changed(self) -> None:
         self._podwatch.blocks_changed()
-        self.changed.set()
-        self._to_reap.set()
-
-    def retire_block(self, block: Block) -> bool:
-        """Hands out no more addresses of a block in which none is in use. False when one is, and nothing changes."""
-        uses = {use.block.cidr: use for use in self.uses()}
-        use = uses.get(block.cidr)
-        if use is None or use.used or use.releasing or use.cooling:
-            return False
-        self.use_blocks([each for each in self._allocator.blocks if each.cidr != block.cidr])
-        return True
+        self.reaper.wake()
 
     # --- the commands
 
@@ -184,7 +137,7 @@ class Attachments:
             point("add.intended")
             try:
                 with self._metrics.phase("ADD", "wire"):
-                    await self._thread.run(self._wires.attach, attachment, self._gateways)
+                    await self._thread.run(self._wires.attach, attachment, self.addresses.gateways)
             except Exception:
                 await self._undo(attachment)
                 raise
@@ -198,7 +151,7 @@ class Attachments:
             attached = await self._commit(attachment)
             point("add.committed")
         log.info("added", extra={"fields": _fields(attached)})
-        return cni.result(attached, self._gateways, call.config)
+        return cni.result(attached, self.addresses.gateways, call.config)
 
     async def delete(self, call: Call) -> None:
         """Removes the attachment; success when there is none. When it returns, nothing passes the wire any more."""
@@ -221,9 +174,11 @@ class Attachments:
             attachment = self._journal.get(call.key)
             if attachment is None:
                 raise CheckFailed(f"{call.key} is not attached")
-            if self._is_stranded(attachment):
+            if self.addresses.is_stranded(attachment):
                 raise TryAgainLater(f"{call.key}: its block is not known yet: {self.waiting_for}")
-            differences = await self._thread.run(self._wires.differences, attachment, call.netns, self._gateways)
+            differences = await self._thread.run(
+                self._wires.differences, attachment, call.netns, self.addresses.gateways
+            )
             if attachment.port_mappings:
                 differences += await self._host_ports.missing(attachment)
         differences += _previous_differences(call, attachment)
@@ -271,7 +226,7 @@ class Attachments:
         Under the lock: a DEL that comes in between would have its dead wire revived.
         """
         async with self._turns.of(attachment.key):
-            if self._journal.get(attachment.key) != attachment or self._is_stranded(attachment):
+            if self._journal.get(attachment.key) != attachment or self.addresses.is_stranded(attachment):
                 return None
             return await self._thread.run(self._wires.mend, attachment)
 
@@ -309,11 +264,11 @@ class Attachments:
         return tuple(
             each
             for each in self._journal.attachments()
-            if each.state is AttachmentState.ATTACHED and self._is_stranded(each)
+            if each.state is AttachmentState.ATTACHED and self.addresses.is_stranded(each)
         )
 
-    def _is_stranded(self, attachment: Attachment) -> bool:
-        return len(self._known(attachment.addresses)) < len(attachment.addresses)
+    def _count_fenced(self) -> None:
+        self.fenced = len(self.stranded())
 
     async def fence(self) -> int:
         """Cuts the wires of stranded attachments: their addresses may be in use elsewhere. Returns how many there are.
@@ -329,104 +284,7 @@ class Attachments:
             await self._host_ports.ensure()
         return self.fenced
 
-    # --- wires that the journal does not know
-
-    async def settle(self, wire: Attachment) -> str:
-        """Decides about a wire that was found by its alias and has no row. Returns what was done; empty for nothing.
-
-        It is somebody's, and so it is taken in with its addresses; unless its DEL was done, its attachment has another
-        wire, or its address is another's: then it is killed, and its deletion frees nothing that it did not have.
-        """
-        async with self._turns.of(wire.key):
-            row = self._journal.get(wire.key)
-            known = {each.host_ifname for each in self._journal.releasing()} | {row.host_ifname if row else ""}
-            if wire.host_ifname in known or not await self._thread.run(self._wires.has, wire):
-                return ""
-            if row is not None and is_same_wire(wire, row) and not await self._thread.run(index_of, row.host_ifname):
-                await self._thread.run(self._wires.rename, wire.host_ifname, row.host_ifname)
-                return f"gave {wire.host_ifname} its name {row.host_ifname} back"
-            lost = row is None and not self._turns.is_buried(wire.key, wire.created_ns)
-            if lost and self._adopt(await self._thread.run(self._wires.recall, wire)):
-                if self._is_stranded(wire):
-                    await self._thread.run(self._wires.cut, wire.host_ifname)
-                    self.fenced = len(self.stranded())
-                return f"took {wire.host_ifname} ({wire.key}, {', '.join(map(str, wire.addresses))}) into the journal"
-            await self._thread.run(self._wires.kill, wire.host_ifname)
-            self._journal.condemn(wire.host_ifname)
-            self._to_reap.set()
-            return f"deleted {wire.host_ifname} ({wire.key}), which is nobody's any more"
-
-    async def orphans(self) -> tuple[Attachment, ...]:
-        """Wires that the kernel has, and the journal has not, as their aliases describe them."""
-        found = await self._thread.run(self._wires.found, time.time())
-        known = self._names()
-        return tuple(each for each in found if each.host_ifname not in known)
-
-    async def sweep(self) -> tuple[str, ...]:
-        """Deletes what is left of wires that are gone. Returns their names."""
-        strays = await self._thread.run(self._wires.strays, self._names())
-        for name in strays:
-            await self._thread.run(self._wires.kill, name)
-            self._journal.condemn(name)
-            self._to_reap.set()
-        return strays
-
-    def _names(self) -> set[str]:
-        """The wires that the journal knows."""
-        names = {each.host_ifname for each in self._journal.attachments()}
-        return names | {each.host_ifname for each in self._journal.releasing()}
-
-    def _adopt(self, wire: Attachment) -> bool:
-        """Journals the wire, and so takes its addresses. False when one of them is another's, and nothing changes."""
-        held = {each.ip for row in self._journal.attachments() for each in row.addresses}
-        held |= {each.ip for row in self._journal.releasing() for each in row.addresses}
-        if any(each.ip in held for each in wire.addresses):
-            return False
-        self._journal.adopt(wire)
-        self.recount()
-        return True
-
-    # --- wires on the way out
-
-    async def reap_forever(self) -> None:
-        """Deletes killed wires by group and lets their addresses cool, until cancelled."""
-        while True:
-            await self._to_reap.wait()
-            await asyncio.sleep(_REAP_DELAY)
-            self._to_reap.clear()
-            try:
-                left = await self.reap()
-            except (CniError, sqlite3.Error) as error:
-                log.warning("deleting wires failed, trying again: %s", error)
-                left = True
-            if left:
-                await asyncio.sleep(_REAP_RETRY)
-                self._to_reap.set()
-
-    async def reap(self) -> bool:
-        """Deletes every wire that is to be deleted. True when some are still there."""
-        async with self._reaping:  # two at once would let the same addresses cool twice
-            return await self._reap()
-
-    async def _reap(self) -> bool:
-        releasing = self._journal.releasing()
-        if not releasing:
-            return False
-        with self._metrics.phase("DEL", "reap"):
-            gone = await self._thread.run(self._wires.reap, [each.host_ifname for each in releasing])
-        point("reap.deleted")
-        for each in releasing:
-            if each.host_ifname not in gone:  # somebody took it out of the group that is deleted
-                await self._thread.run(self._wires.kill, each.host_ifname)
-        done = [each for each in releasing if each.host_ifname in gone]
-        now = self._clock()
-        until = now + self._cooldown
-        self._journal.cool(done, now, until)
-        for each in done:
-            self._allocator.cool(self._known(each.addresses), until)
-        self.changed.set()
-        point("reap.cooled")
-        return len(done) < len(releasing)
+    # --- the start
 
     async def resume(self) -> int:
         """Takes up what a killed daemon left: kills wires that it released, undoes ADDs that it did not finish.
@@ -469,7 +327,7 @@ class Attachments:
         return [
             each
             for each in self._journal.attachments()
-            if each.port_mappings and not (self.fenced and self._is_stranded(each))
+            if each.port_mappings and not (self.fenced and self.addresses.is_stranded(each))
         ]
 
     async def _open_host_ports(self, attachment: Attachment) -> None:
@@ -497,9 +355,7 @@ class Attachments:
 
     def _intend(self, call: Call) -> Attachment:
         with self._metrics.phase("ADD", "allocate"):
-            addresses = self._allocator.allocate(self._clock(), call.wanted.addresses)
-        self.allocated.set()
-        self.changed.set()
+            addresses = self.addresses.allocate(call.wanted.addresses)
         point("add.allocated")
         attachment = plan_attachment(call, addresses, self.mtu, time.time())
         try:
@@ -509,10 +365,10 @@ class Attachments:
             with self._metrics.phase("ADD", "journal"):
                 self._journal.intend(attachment)
         except CniError:
-            self._allocator.give_back(addresses)
+            self.addresses.give_back(addresses)
             raise
         except sqlite3.Error as error:
-            self._allocator.give_back(addresses)
+            self.addresses.give_back(addresses)
             raise TryAgainLater(f"the journal cannot be written: {error}") from error
         return attachment
 
@@ -534,7 +390,7 @@ class Attachments:
         self._podwatch.withdraw(attachment.key)
         self._journal.forget(attachment.key)
         point("undo.forgotten")
-        self._allocator.give_back(attachment.addresses)
+        self.addresses.give_back(attachment.addresses)
 
     async def _release(self, attachment: Attachment) -> None:
         with self._metrics.phase("DEL", "kill"):
@@ -547,18 +403,13 @@ class Attachments:
             point("del.host-ports-closed")  # nothing may wait from here on: ensure() would open them again
         with self._metrics.phase("DEL", "journal"):
             self._journal.release(attachment)
-        self._allocator.release(self._known(attachment.addresses))
-        self.changed.set()
+        self.addresses.release(attachment.addresses)
         if self.fenced:
-            self.fenced = len(self.stranded())
-        self._to_reap.set()
-
-    def _known(self, addresses: Iterable[Interface]) -> list[Interface]:
-        """Those of a block that this node has now: before etcd was first read there may be none."""
-        return [each for each in addresses if each.network in self._gateways]
+            self._count_fenced()
+        self.reaper.wake()
 
     def _refuse_if_unready(self, call: Call) -> None:
-        if not self._allocator.blocks or not self.mtu:
+        if not self.addresses.allocator.blocks or not self.mtu:
             raise TryAgainLater(f"{call.key}: this node cannot add pods yet: {self.waiting_for}")
         if self.fenced:
             raise TryAgainLater(f"{call.key}: {self.fenced} pods of this node sit in a block that went to another node")

@@ -92,8 +92,8 @@ class BlockKeeper:
         await self._joined.wait()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._attachments.allocated.wait(), _ROUND)
-            self._attachments.allocated.clear()
+                await asyncio.wait_for(self._attachments.addresses.allocated.wait(), _ROUND)
+            self._attachments.addresses.allocated.clear()
             try:
                 async with self._lock:
                     await self._round()
@@ -120,7 +120,7 @@ class BlockKeeper:
                 )
 
     def _uses(self, pool: Pool) -> list[BlockUse]:
-        return [each for each in self._attachments.uses() if pool.has(each.block)]
+        return [each for each in self._attachments.addresses.uses() if pool.has(each.block)]
 
     async def _claim_for_add(self) -> None:
         async with self._lock:  # whoever waited here finds what the one before has claimed
@@ -145,7 +145,7 @@ class BlockKeeper:
             block = await self._claim(pool)
             self._owned.append(block)
             log.info("claimed another block", extra={"fields": {"block": str(block.cidr), "pool": pool.name}})
-        elif isinstance(decision, Return) and self._attachments.retire_block(decision.block):
+        elif isinstance(decision, Return) and self._attachments.addresses.retire_block(decision.block):
             self._owned = [each for each in self._owned if each.cidr != decision.block.cidr]
             self._to_release.append(decision.block)
             point("block.retired")

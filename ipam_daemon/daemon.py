@@ -125,7 +125,7 @@ class Daemon:
                     self._agent.hold_blocks(),
                     self._agent.converge_forever(),
                     self._agent.keeper.run_forever(),
-                    self._attachments.reap_forever(),
+                    self._attachments.reaper.run_forever(),
                     self._queue.replay_forever(),
                     self._held.keep_forever(),
                     self._reconciler.run_forever(self._settings.reconcile_interval),
@@ -142,7 +142,7 @@ class Daemon:
         return self._agent.not_ready() or list(filter(None, [self._podwatch.hindrance]))
 
     def _blocks(self) -> list[Network]:
-        return [block.cidr for block in self._attachments.allocator.blocks]
+        return [block.cidr for block in self._attachments.addresses.allocator.blocks]
 
     async def _leave(self) -> None:
         with contextlib.suppress(OSError):

@@ -109,7 +109,7 @@ class HeldKeeper:
 
     async def keep_forever(self) -> None:
         """Writes what changed, until cancelled."""
-        changed = self._attachments.changed
+        changed = self._attachments.addresses.changed
         while True:
             await changed.wait()
             await asyncio.sleep(_PAUSE)
@@ -123,7 +123,7 @@ class HeldKeeper:
             await self.write()
         except OSError as error:
             log.warning("the addresses in use cannot be kept for the next boot: %s", error)
-            self._attachments.changed.set()
+            self._attachments.addresses.changed.set()
             return False
         return True
 
@@ -131,7 +131,7 @@ class HeldKeeper:
         """Writes the file if it says something else. Raises OSError."""
         async with self._writing:
             held = Held(
-                addresses=self._attachments.allocator.not_free(),
+                addresses=self._attachments.addresses.allocator.not_free(),
                 last=self._journal.last(),
                 blocks=self._journal.blocks(),
             )

@@ -131,7 +131,7 @@ class Inspection:
         """Does what the daemon does periodically, now. What fails does not stop the rest."""
         before = tuple(self._metrics.recent)
         done: list[str] = []
-        self._attachments.recount()
+        self._attachments.addresses.recount()
         if any(each.kind in _MISCOUNTED for each in found):
             done.append("counted the addresses again from the journal")
         done += await self._forget_sandboxless(found)
@@ -143,7 +143,7 @@ class Inspection:
         for _ in range(2):  # what vanished is freed when it was missed in two rounds
             await self._attempt("looking at the wires", self._reconciler.round)
         for _ in range(2):  # the first kills what is not in the group of dead wires any more
-            await self._attempt("deleting wires", self._attachments.reap)
+            await self._attempt("deleting wires", self._attachments.reaper.reap)
         done += [each.detail for each in self._metrics.recent if each not in before]
         return tuple(done)
 
@@ -185,7 +185,7 @@ class Inspection:
             kernel=kernel,
             etcd=etcd,
             etcd_error=etcd_error,
-            held=self._attachments.allocator.held,
+            held=self._attachments.addresses.allocator.held,
             sysctls=sysctls,
             in_flight=self._attachments.in_flight,
             waiting_dels=self._queue.waiting,
@@ -235,7 +235,7 @@ class Inspection:
 
     async def _inside(self, row: Attachment) -> list[str]:
         try:
-            return await self._thread.run(self._wires.inside, row, row.netns, self._attachments.gateways)
+            return await self._thread.run(self._wires.inside, row, row.netns, self._attachments.addresses.gateways)
         except CniError as error:  # it is being deleted
             return [str(error)]
 

@@ -86,7 +86,7 @@ class Reconciler:
     async def _sweep(self) -> tuple[Attachment, ...]:
         """Wires without a row. Returns what was found."""
         try:
-            orphans = await self._attachments.orphans()
+            orphans = await self._attachments.strays.orphans()
         except CniError as error:
             self._failed("looking for wires", error)
             return ()
@@ -95,7 +95,7 @@ class Reconciler:
             if wire.host_ifname not in self._strays and not any(is_same_wire(wire, row) for row in rows):
                 continue
             try:
-                done = await self._attachments.settle(wire)
+                done = await self._attachments.strays.settle(wire)
             except (CniError, sqlite3.Error) as error:
                 self._failed(wire.host_ifname, error)
                 continue
@@ -109,7 +109,7 @@ class Reconciler:
         """Ports of the node that lead to pods, and ifb devices of wires that are gone."""
         try:
             changed = await self._attachments.mend_host_ports(undecided)
-            strays = await self._attachments.sweep()
+            strays = await self._attachments.strays.sweep()
         except (CniError, sqlite3.Error) as error:
             self._failed("ports of the node and queues", error)
             return

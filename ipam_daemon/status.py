@@ -58,7 +58,7 @@ class Status:
                     pool=use.block.pool,
                     **{state: min(getattr(use, state), _MOST) for state in _STATES},
                 )
-                for use in self._attachments.uses()
+                for use in self._attachments.addresses.uses()
             ],
             etcd=agent_pb2.EtcdStatus(
                 connected=self._session.connected,
@@ -89,7 +89,7 @@ class Status:
         metrics = self._metrics
         with suppress(CniError):  # the table may be gone for now
             metrics.spoofed.values = await self._dropped()
-        for use in self._attachments.uses():
+        for use in self._attachments.addresses.uses():
             for state in _STATES:
                 metrics.addresses.labels(use.block.pool, str(use.block.cidr), state).set(getattr(use, state))
         metrics.attachments.set(len(self._journal.attachments()))

@@ -145,7 +145,7 @@ async def both_families(it: Engine) -> None:
     """Gives the node a block of IPv6, too."""
     it.node.ip("addr", "replace", f"{GATEWAY[6]}/120", "dev", "pw0", "nodad")
     it.node.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding")
-    it.attachments.use_blocks([block(it.cidr), block(SIX)])
+    it.attachments.addresses.use_blocks([block(it.cidr), block(SIX)])
 
 
 def elements(it: Engine) -> int:

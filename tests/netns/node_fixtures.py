@@ -186,14 +186,14 @@ class Engine:
     async def start(self) -> Engine:
         """The bridge is there, the block is known."""
         await self.node.thread.run(Devices(self.node.thread).ensure_bridge, bridge_plan(self.cidr))
-        self.attachments.use_blocks([block(self.cidr)])
+        self.attachments.addresses.use_blocks([block(self.cidr)])
         await self.attachments.resume()
         self.attachments.mtu = 1450
         return self
 
     def counts(self) -> dict[str, int]:
         """How many addresses are in which state."""
-        (use,) = self.attachments.allocator.use(self.now)
+        (use,) = self.attachments.addresses.allocator.use(self.now)
         return {name: getattr(use, name) for name in ("used", "releasing", "cooling", "reserved", "free")}
 
     async def add(self, container_id: str, netns_path: str, ifname: str = "eth0", issued_ns: int = 0) -> dict[str, Any]:
@@ -208,7 +208,7 @@ class Engine:
 
     async def reap(self) -> None:
         """Deletes killed wires until none is left."""
-        while await self.attachments.reap():  # noqa: ASYNC110  the kernel says nothing when a link is gone
+        while await self.attachments.reaper.reap():  # noqa: ASYNC110  the kernel says nothing when a link is gone
             await asyncio.sleep(0.01)
 
 

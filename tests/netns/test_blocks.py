@@ -157,7 +157,7 @@ def test_a_block_leaves_what_outlives_a_reboot_before_it_leaves_etcd(tmp_path: P
 
             async def use(blocks: Sequence[Block]) -> None:
                 it.journal.set_blocks(blocks)
-                it.attachments.use_blocks(blocks)
+                it.attachments.addresses.use_blocks(blocks)
 
             keeper = BlockKeeper(
                 registry=registry,

@@ -55,7 +55,8 @@ def jumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float) -> None
                 real = time.time
                 with monkeypatch.context() as patch:
                     patch.setattr(time, "time", lambda real=real: real() + jump)
-                    await eventually(lambda it=it, cooling=cooling: it.attachments.uses()[0].cooling == cooling)  # type: ignore[misc]
+                    uses = it.attachments.addresses.uses
+                    await eventually(lambda uses=uses, cooling=cooling: uses()[0].cooling == cooling)  # type: ignore[misc]
 
     for each in ("10000.0", "0.05"):
         (tmp_path / each).mkdir()

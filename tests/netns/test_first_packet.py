@@ -58,7 +58,7 @@ def test_the_first_packet_of_a_pod_is_answered(tmp_path: Path) -> None:
             with pods(PODS) as boxes, busy():
                 met = []
                 for number, box in enumerate(boxes):
-                    addresses = it.attachments.allocator.allocate(time.time())
+                    addresses = it.attachments.addresses.allocator.allocate(time.time())
                     attachment = plan_attachment(call("ADD", f"box{number}", box.path), addresses, 1450, time.time())
                     met.append(await it.node.thread.run(attach_and_connect, it, attachment))
                 assert met == ["ECONNREFUSED"] * PODS

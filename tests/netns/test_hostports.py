@@ -171,7 +171,7 @@ def test_of_two_that_ask_at_once_one_has_the_port(tmp_path: Path) -> None:
                 assert sum(isinstance(each, PortTaken) for each in done) == 1
                 assert ask(outside, NODE[4], 8080) == f"{won} {OUTSIDE[4]}"
                 assert len(it.journal.attachments()) == 1
-                assert it.attachments.allocator.use(it.now)[0].used == 1, "the loser's address is free"
+                assert it.attachments.addresses.allocator.use(it.now)[0].used == 1, "the loser's address is free"
 
     play(story)
 
@@ -194,7 +194,8 @@ def test_a_port_that_the_node_listens_on_is_refused(tmp_path: Path) -> None:
 def test_a_family_that_the_pod_has_not_is_refused(tmp_path: Path) -> None:
     async def story() -> None:
         async with dual_stack(tmp_path) as (it, _):
-            it.attachments.use_blocks([each for each in it.attachments.allocator.blocks if each.cidr.version == 4])
+            addresses = it.attachments.addresses
+            addresses.use_blocks([each for each in addresses.allocator.blocks if each.cidr.version == 4])
             with pods(1) as (web,):
                 with pytest.raises(UnsupportedField, match="hostIP '2001:db8::1', and the pod gets no IPv6 address"):
                     await it.attachments.add(add_call("web", web, mapping(8080, host_ip=NODE[6])))

@@ -122,7 +122,7 @@ class NodeUnderTest(RuleBasedStateMachine):
             for name in ("block.journaled", "block.published", "block.plumbed"):
                 self.store.check()
                 point(name)
-            it.attachments.use_blocks(blocks)
+            it.attachments.addresses.use_blocks(blocks)
 
         self.keeper = BlockKeeper(
             registry=registry,
@@ -153,7 +153,7 @@ class NodeUnderTest(RuleBasedStateMachine):
             if not self.store.away:
                 blocks = list(await registry.load_blocks("node-1")) or [await claim(POOL)]
                 it.journal.set_blocks(blocks)
-                it.attachments.use_blocks(blocks)
+                it.attachments.addresses.use_blocks(blocks)
                 self.keeper.begin(ClusterConfig(pools=(POOL,)), blocks)
             it.attachments.mtu = 1450
 
@@ -238,7 +238,7 @@ class NodeUnderTest(RuleBasedStateMachine):
             assert not self.keeper._joined.is_set() or self.store.away, str(outcome)
 
     def available(self) -> int:
-        return sum(use.free + use.cooling for use in self.engine.attachments.allocator.use(self.engine.now))
+        return sum(use.free + use.cooling for use in self.engine.attachments.addresses.allocator.use(self.engine.now))
 
     @rule(name=container)
     def delete(self, name: str) -> None:
@@ -307,7 +307,7 @@ class NodeUnderTest(RuleBasedStateMachine):
     def reboot(self) -> None:
         """The pods die, the journal goes with /run, the disk stays."""
         self.play(self.held.write())
-        before = self.engine.attachments.allocator.not_free()
+        before = self.engine.attachments.addresses.allocator.not_free()
         for link in self.node.links() - {"pw0"}:
             self.node.ip("link", "delete", link)
         for each in CONTAINERS:
@@ -315,11 +315,11 @@ class NodeUnderTest(RuleBasedStateMachine):
         self.restart(without_journal=True)
         if not self.store.away:
             mine = [address for address in before if any(address in b.cidr for b in self.blocks())]
-            cooling = sum(use.cooling for use in self.engine.attachments.allocator.use(self.engine.now))
+            cooling = sum(use.cooling for use in self.engine.attachments.addresses.allocator.use(self.engine.now))
             assert cooling == len(mine), "what was held before the reboot cools"
 
     def blocks(self) -> tuple[Block, ...]:
-        return self.engine.attachments.allocator.blocks
+        return self.engine.attachments.addresses.allocator.blocks
 
     @rule(name=container)
     def vanish(self, name: str) -> None:
@@ -387,7 +387,7 @@ class NodeUnderTest(RuleBasedStateMachine):
 
     @invariant()
     def journal_and_allocator_agree(self) -> None:
-        journal, allocator = self.engine.journal, self.engine.attachments.allocator
+        journal, allocator = self.engine.journal, self.engine.attachments.addresses.allocator
         rows = [a.ip for each in (*journal.attachments(), *journal.releasing()) for a in each.addresses]  # type: ignore[attr-defined]
         assert len(rows) == len(set(rows)), "an address is held twice"
         known = [address for address in rows if any(address in block.cidr for block in allocator.blocks)]
@@ -420,7 +420,7 @@ class NodeUnderTest(RuleBasedStateMachine):
         for name in CONTAINERS:
             self.play(self.engine.delete(name))
         self.play(self.engine.reap())
-        uses = self.engine.attachments.allocator.use(self.engine.now)
+        uses = self.engine.attachments.addresses.allocator.use(self.engine.now)
         assert sum(use.used + use.releasing for use in uses) == 0
         assert self.node.links() == {"pw0"}
         assert not self.engine.journal.attachments()

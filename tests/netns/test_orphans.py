@@ -19,7 +19,7 @@ async def lose(it: Engine, name: str) -> str:
     row = it.journal.get(key(name))
     assert row is not None
     it.journal.forget(row.key)
-    it.attachments.recount()
+    it.attachments.addresses.recount()
     return row.host_ifname
 
 
@@ -93,7 +93,7 @@ async def keeps_its_address_under_another_name(it: Engine, a: Netns, b: Netns) -
 
 async def is_cut_off_when_its_block_is_not_this_nodes(it: Engine, a: Netns, b: Netns) -> None:
     await lose(it, "a")
-    it.attachments.use_blocks([block(ipaddress.ip_network("10.244.9.0/29"))])
+    it.attachments.addresses.use_blocks([block(ipaddress.ip_network("10.244.9.0/29"))])
     await rounds(it, 2)
     assert it.attachments.fenced == 1
     assert not a.pings("10.244.1.1")
@@ -139,7 +139,7 @@ def test_a_dead_wire_that_left_its_group_is_killed_again(tmp_path: Path) -> None
                 assert row is not None
                 await it.delete("c0")
                 it.node.ip("link", "set", row.host_ifname, "group", "default")
-                assert await it.attachments.reap()
+                assert await it.attachments.reaper.reap()
                 with pytest.raises(Exhausted):
                     await it.add("late", namespaces[4].path)
                 await it.reap()

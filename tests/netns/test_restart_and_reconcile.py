@@ -62,7 +62,7 @@ def test_an_intent_without_a_commit_is_undone(tmp_path: Path) -> None:
     async def story() -> None:
         async with engine(tmp_path) as it:
             with pods(1) as (a,):
-                addresses = it.attachments.allocator.allocate(it.now)
+                addresses = it.attachments.addresses.allocator.allocate(it.now)
                 intent = plan_attachment(call("ADD", "a", a.path), addresses, 1450, it.now)
                 it.journal.intend(intent)
                 await it.node.thread.run(it.wires.attach, intent, gateways([block(it.cidr)]))

@@ -45,7 +45,7 @@ class Proxy:
 async def stage(folder: Path) -> AsyncIterator[tuple[Engine, Proxy, Netns]]:
     """A node where policies are on, its proxy, and a pod."""
     async with Node() as node:
-        watch = PodWatch(True, PATIENCE, lambda: [each.cidr for each in it.attachments.allocator.blocks])
+        watch = PodWatch(True, PATIENCE, lambda: [each.cidr for each in it.attachments.addresses.allocator.blocks])
         it = Engine(node, folder, CIDR, podwatch=watch)
         await it.start()
         proxy = Proxy(watch)
@@ -122,7 +122,7 @@ def test_a_block_that_comes_or_goes_is_told_without_a_pod(tmp_path: Path) -> Non
         async with stage(tmp_path) as (it, proxy, _):
             other = block(ipaddress.ip_network("10.244.2.0/28"))
             for blocks in ([block(CIDR), other], [block(CIDR)]):
-                it.attachments.use_blocks(blocks)
+                it.attachments.addresses.use_blocks(blocks)
                 wanted = sorted(str(each.cidr) for each in blocks)
                 while sorted((await proxy.hears()).blocks) != wanted:
                     pass
