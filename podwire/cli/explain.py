@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--namespace", default="default", metavar="NS", help="of names without one (%(default)s)")
     parser.add_argument("-q", "--quiet", action="store_true", help="without the commands")
     parser.add_argument("-o", dest="output", choices=("text", "json"), default="text", help="default: %(default)s")
+    parser.add_argument("--node", default="", metavar="NAME", help="this node (as its daemon says, or the host's name)")
     add_cluster(parser)
     add_socket(parser)
 
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     try:
-        reader: Reader = LabReader(arguments.name) if arguments.name else NodeReader(arguments.socket)
+        reader: Reader = LabReader(arguments.name) if arguments.name else NodeReader(arguments.socket, arguments.node)
         path = explain(
             fetch(read_access(arguments)),
             reader,

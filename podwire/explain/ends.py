@@ -63,18 +63,18 @@ def wire(where: Where, link: Link | None, address: Address) -> Steps[Hop]:
     title = "wire, bridge and spoof guard"
     node = Where(where.node)
     reading = yield Ask(node, ("ip", "-j", "-d", "link", "show", "master", BRIDGE))
-    if not reading.seen:
-        return Hop(title=title, where=where.node, findings=(unseen("the wire", reading),))
+    if not reading.seen or link is None:
+        why = Reading(seen=False, text="the pod's interface is not known")
+        return Hop(title=title, where=where.node, findings=(unseen("the wire", why if reading.seen else reading),))
     repair = _REPAIR.format(node=where.node)
     if not reading.well:
         gone = fails(f"there is no bridge {BRIDGE}: {first_line(reading)}", repair, reading)
         return Hop(title=title, where=where.node, findings=(gone,))
     findings = []
-    port = next((each for each in reading.items() if link and link.peer == each.get("ifindex")), None)
-    if port is None or link is None:
-        if link is not None:
-            findings.append(fails(f"no port of {BRIDGE} is the other end of {link.name}", repair, reading))
-        return Hop(title=title, where=where.node, findings=tuple(findings))
+    port = next((each for each in reading.items() if link.peer == each.get("ifindex")), None)
+    if port is None:
+        lost = fails(f"no port of {BRIDGE} is the other end of {link.name}", repair, reading)
+        return Hop(title=title, where=where.node, findings=(lost,))
     name = port["ifname"]
     if "UP" not in port.get("flags", ()):
         findings.append(fails(f"{name} is down", f"ip link set {name} up, or {repair}", reading))

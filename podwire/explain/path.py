@@ -3,7 +3,8 @@
     the ends · interface · wire · Service ─▶ egress policy · route · tunnel · underlay · the other node · ingress policy
              · interface · wire · listener · the way back
 
-Of a Service's endpoints each is gone to, until one fails; the hops are those to that one, or to the first.
+Of a Service's endpoints each is gone to, until one fails; the hops are those to that one, or to the first. A node port
+of another node is translated there; from then on the connection is that node's, and only its ends are looked at.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 import msgspec
 
 from ipam_daemon.plan import BRIDGE, VXLAN
-from kube_proxy_lite.model import Address, Backend, Protocol, Verdict
+from kube_proxy_lite.model import Address, Backend, FrontendKind, Protocol, Source, Verdict
 from kube_proxy_lite.policy.evaluate import judge
 from kube_proxy_lite.policy.model import Flow
 from podwire.explain import ends, way
@@ -21,7 +22,7 @@ from podwire.explain.cluster import Cluster, NoSuchPlace, Place, PlaceKind, Port
 from podwire.explain.enforcement import side
 from podwire.explain.hops import Ask, Finding, Hop, NodeFacts, State, Steps, Where, fails, ok, warns
 from podwire.explain.translation import service
-from podwire.explain.verdict import kind_of
+from podwire.explain.verdict import kind_of, trouble_of
 
 _ENDPOINTS = 8
 """So many endpoints of a Service are gone to."""
@@ -80,6 +81,10 @@ def walk(cluster: Cluster, nodes: Mapping[str, NodeFacts], source: Place, target
     if made is None:
         hops += yield from _flow(journey, first, protocol, port)
         return Path(source=source, target=target, protocol=protocol, port=port, hops=tuple(hops))
+    elsewhere = _elsewhere(journey, made)
+    if elsewhere:
+        rest = yield from _by_node_port(journey, made, elsewhere, protocol)
+        return Path(source=source, target=target, protocol=protocol, port=port, hops=(*hops, *rest))
     hops.append((yield from service(cluster, source.node, made, own)))
     rest, end, also = yield from _endpoints(journey, made, protocol)
     return Path(
@@ -89,7 +94,10 @@ def walk(cluster: Cluster, nodes: Mapping[str, NodeFacts], source: Place, target
 
 def _ends(cluster: Cluster, nodes: Mapping[str, NodeFacts], source: Place, target: Place) -> Hop:
     """Whether both ends are there at all."""
-    findings = []
+    findings: list[Finding] = []
+    here = nodes.get(source.node)
+    if here is not None and here.trouble:
+        findings.append(way.daemon(here))
     for place in (source, target):
         if place.kind is not PlaceKind.POD:
             continue
@@ -119,7 +127,7 @@ def _question(
         found = cluster.translate_service(target, wish, source, kind_of(source))
         served = [each for each in found if each.decision.verdict is Verdict.FORWARD] or found
         if not served:
-            raise NoSuchPlace(f"{source} and {target} have no family in common")
+            raise NoSuchPlace(f"Service {target.name}: {trouble_of(target, ())}")
         made = served[0]
         version = made.address.version if made.address else source.addresses[0].version
         if made.headless and made.decision.backends:
@@ -148,6 +156,43 @@ def _endpoints(journey: _Way, made: Translation, protocol: Protocol) -> Steps[tu
         first = first or (hops, name)
         good.append(name)
     return (*first, [each for each in good if each != first[1]]) if first else ([], "", [])
+
+
+def _elsewhere(journey: _Way, made: Translation) -> str:
+    """The other node that translates the connection: a node port is one of the node whose address it is asked at."""
+    if made.address is None or made.frontend is None or made.frontend.kind is not FrontendKind.NODE_PORT:
+        return ""
+    name = journey.cluster.node_addresses.get(made.address, "")
+    return "" if name == journey.source.node else name
+
+
+def _by_node_port(journey: _Way, made: Translation, name: str, protocol: Protocol) -> Steps[list[Hop]]:
+    """To a port of another node: out with this node's address, translated there, and from there on the other's."""
+    cluster, source, there = journey.cluster, journey.source, made.address
+    assert there is not None
+    flow = Flow(source=journey.own, destination=there, protocol=protocol, port=made.port)
+    judged = judge(cluster.policies, flow, cluster.node_addresses)
+    hops = [] if source.on_host else [(yield from side(cluster, flow, judged.egress))]
+    found, _ = yield from way.leave(source.node, journey.own, there, journey.node(name), own=source.on_host, way="out")
+    hops.append(found)
+    if not source.on_host:
+        hops.append((yield from way.masquerade(source.node, journey.own, there, name)))
+    client = next((each for each in journey.node(source.node).addresses if each.version == there.version), journey.own)
+    seen = Cluster(cluster.objects, name)
+    seen.node_addresses = cluster.node_addresses
+    again = seen.translate(there, protocol, made.port, client, Source.EXTERNAL) or made
+    hops.append((yield from service(seen, name, again, client)))
+    for backend in again.decision.backends[:_ENDPOINTS]:
+        as_whom = there if again.decision.masquerade else client
+        onward = Flow(source=as_whom, destination=backend.address, protocol=protocol, port=backend.port)
+        ruling = judge(cluster.policies, onward, cluster.node_addresses).ingress
+        hops.append((yield from side(cluster, onward, ruling)))
+        owner = cluster.policies.owner(backend.address)
+        if owner is not None:
+            where = Where(owner.node, (owner.namespace, owner.name))
+            called = f"{owner.namespace}/{owner.name}"
+            hops.append((yield from ends.listener(where, backend.address, protocol, backend.port, called)))
+    return hops
 
 
 def _called(cluster: Cluster, backend: Backend) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import shlex
+import socket
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -129,18 +130,11 @@ class LabReader:
 class NodeReader:
     """The node that this runs on."""
 
-    def __init__(self, socket: Path) -> None:
-        """Raises PodwireError when the daemon does not answer: without it nobody knows which node this is."""
-        self._status, trouble = ask_daemon(socket)
-        if self._status is None:
-            raise PodwireError(f"the daemon of this node does not answer on {socket}: {trouble}")
-        self._netns = _attached(socket)
-
-    @property
-    def node(self) -> str:
-        """The node's name."""
-        assert self._status is not None
-        return str(self._status.node)
+    def __init__(self, daemon: Path, node: str = "") -> None:
+        """`node` is this node's name; default: what its daemon says, or else the host's name."""
+        self._status, self._trouble = ask_daemon(daemon)
+        self._netns = _attached(daemon) if self._status is not None else {}
+        self.node = node or (self._status.node if self._status else socket.gethostname().lower())
 
     def read(self, ask: Ask) -> Reading:
         """See Reader."""
@@ -151,12 +145,17 @@ class NodeReader:
             return _run(list(ask.words), command)
         netns = self._netns.get(ask.where.pod)
         if netns is None:
-            return Reading(seen=False, text=f"the daemon knows no {ask.where}", command=command)
+            why = (
+                f"the daemon does not answer: {self._trouble}" if self._trouble else f"the daemon knows no {ask.where}"
+            )
+            return Reading(seen=False, text=why, command=command)
         enter = ["nsenter", f"--net={netns}", "--"]
         return _run([*enter, *ask.words], shlex.join([*enter, *ask.words]))
 
     def nodes(self) -> dict[str, NodeFacts]:
         """See Reader."""
+        if self._status is None:
+            return {self.node: NodeFacts(name=self.node, trouble=self._trouble)}
         return node_facts([self._status], {})
 
 
@@ -179,11 +178,11 @@ def _run(words: list[str], command: str) -> Reading:
 # --- daemons ------------------------------------------------------------------------------------------------------
 
 
-def ask_daemon(socket: Path) -> tuple[agent_pb2.GetStatusResponse | None, str]:
+def ask_daemon(path: Path) -> tuple[agent_pb2.GetStatusResponse | None, str]:
     """What the daemon says of itself, or why it does not, in words."""
-    if not socket.exists():
-        return None, f"there is no {socket}"
-    with grpc.insecure_channel(f"unix:{socket}") as channel:
+    if not path.exists():
+        return None, f"there is no {path}"
+    with grpc.insecure_channel(f"unix:{path}") as channel:
         stub = agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
         try:
             return stub.GetStatus(agent_pb2.GetStatusRequest(), timeout=_ASK_SECONDS), ""
@@ -194,9 +193,9 @@ def ask_daemon(socket: Path) -> tuple[agent_pb2.GetStatusResponse | None, str]:
             )
 
 
-def _attached(socket: Path) -> Mapping[Key, str]:
+def _attached(path: Path) -> Mapping[Key, str]:
     """Pod → the path of its network namespace."""
-    with grpc.insecure_channel(f"unix:{socket}") as channel:
+    with grpc.insecure_channel(f"unix:{path}") as channel:
         stub = agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
         try:
             listed = stub.ListAttachments(agent_pb2.ListAttachmentsRequest(), timeout=_ASK_SECONDS)

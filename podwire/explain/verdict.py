@@ -90,7 +90,7 @@ def kind_of(place: Place) -> Source:
 def trouble_of(target: Place, translations: tuple[Translation, ...]) -> str:
     """Why a Service answers nobody, in words; empty when it does."""
     if not translations:
-        return f"Service {target.name} has no address of a family that the client has"
+        return f"Service {target.name} has no address of a family that the client has, or none at all (ExternalName)"
     for each in translations:
         if each.decision.verdict is Verdict.FORWARD:
             continue

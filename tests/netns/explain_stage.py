@@ -17,7 +17,8 @@ from podwire.lab.state import LabState
 from podwire.lab.talk import ask
 
 Object = dict[str, Any]
-ECHO = {"name": "web", "image": "echo", "ports": [{"name": "http", "containerPort": 80}]}
+PORTS = [{"name": "http", "containerPort": 80}, {"name": "dns", "containerPort": 53, "protocol": "UDP"}]
+ECHO = {"name": "web", "image": "echo", "ports": PORTS}
 
 
 def labelled(made: Object, **labels: str) -> Object:
@@ -25,8 +26,8 @@ def labelled(made: Object, **labels: str) -> Object:
     return made
 
 
-def service(name: str, app: str, target: int = 80) -> Object:
-    spec = {"selector": {"app": app}, "ports": [{"port": 80, "targetPort": target}]}
+def service(name: str, app: str, target: int = 80, **more: Any) -> Object:
+    spec = {"selector": {"app": app}, "ports": [{"port": 80, "targetPort": target}], **more}
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}
 
 
