@@ -465,6 +465,19 @@ def test_on_a_node_the_local_half_is_read_and_the_remote_half_marked(lab: LabSta
     assert "not read back" in shown["conclusion"][0]
 
 
+def test_on_a_node_whose_daemon_is_down_what_needs_no_daemon_is_read(lab: LabState) -> None:
+    node.stop_daemon(lab, "node1")
+    try:
+        code, shown = on_node(lab, "a", "svc", "80", "--node", "node1")
+    finally:
+        node.start_daemon(lab, "node1")
+        node.wait_daemon(lab, "node1")
+    states = {hop["title"]: hop["state"] for hop in shown["hops"]}
+    assert (code, states["the ends"], states["source pod"]) == (0, "warning", "unseen")
+    assert (states["Service default/svc"], states["egress policy"]) == ("ok", "ok")
+    assert "the daemon of node1 does not answer" in shown["conclusion"][0]
+
+
 def test_on_a_node_a_policy_of_the_other_node_is_named_all_the_same(lab: LabState) -> None:
     code, shown = on_node(lab, "a", "closed", "80")
     assert (code, shown["first"]["title"]) == (1, "ingress policy")

@@ -1,4 +1,4 @@
-"""`podwire explain` where nodes are reached by plain routes, Services and policies are in iptables, and pods have both families."""
+"""`podwire explain` by plain routes, with Services and policies in iptables, for pods of both families."""
 
 from __future__ import annotations
 
