@@ -301,6 +301,40 @@ def test_connections_that_a_change_forbids_are_cut_and_no_others() -> None:
     play(story)
 
 
+def test_connections_of_a_pod_that_is_let_in_no_more_are_cut_and_only_they_are_looked_at() -> None:
+    async def story(stage: Stage) -> None:
+        peers = [
+            {"namespaceSelector": {"matchLabels": {"ns": "y"}}, "podSelector": {"matchLabels": {"role": "friend"}}}
+        ]
+        stage.say(*BASE, pod("y/a", role="friend"), pod("y/b", role="friend"), policy("x/p", ingress=[{"from": peers}]))
+        await until(lambda: stage.sync.synced)
+        friend, other = connection("y/a", "x/a"), connection("y/b", "x/a")
+        odd = connection("y/c", "x/a")  # it cannot be there, so that it stays says that nobody has looked at it
+        await a_moment()
+        stage.connections.table = [friend, other, odd]
+        stage.say(pod("y/a", role="stranger"))
+        await until(lambda: stage.connections.table == [other, odd])
+
+    play(story)
+
+
+def test_a_change_that_only_opens_looks_at_no_connection() -> None:
+    async def story(stage: Stage) -> None:
+        peers = [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"role": "friend"}}}]
+        stage.say(*BASE, policy("x/p", ingress=[{"from": peers}]))
+        await until(lambda: stage.sync.synced)
+        await a_moment()
+        odd = connection("y/c", "x/a")
+        stage.connections.table = [odd]
+        stage.say(pod("y/a", role="friend"))
+        await until(lambda: at("y/a") in stage.kernel.text)
+        for _ in range(4):  # connections are looked at every 0.25 s at most
+            await a_moment()
+        assert stage.connections.table == [odd]
+
+    play(story)
+
+
 def test_connections_go_on_where_cutting_is_off() -> None:
     async def story(stage: Stage) -> None:
         stage.connections.table = [connection("y/a", "x/a")]
