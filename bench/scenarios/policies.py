@@ -5,7 +5,7 @@
 Each policy selects a tenth of the local pods (all of them when it is alone), so that each pod has a tenth of the
 policies. A policy lets in one in fifty of the pods elsewhere, by label, and the last ones of each tenth also the
 client, which then is let in by the last rule that could. Changes are seen from the client: a pod's label changes in the
-API, and datagrams of new flows go until the first one that passes, or does not. Half of the changes are of the client's
+API, and connections are tried until the first one that succeeds, or does not. Half of the changes are of the client's
 label (a member of sets), half of a local pod's (another class).
 
 Beside it the same policies by hand, as a rule for each pod and a chain for each policy (bench/hand_rules.py). And pods
@@ -44,10 +44,10 @@ from bench.proxy_node import (
     Place,
     Proxied,
     SyntheticApi,
-    ask_datagram,
     connect_times,
     proxy_beside,
     proxy_on,
+    reaches,
     wait_until,
 )
 from bench.report import Bound, Report, Table, milliseconds
@@ -63,8 +63,8 @@ _CONNECTIONS = 2000
 _ROLES, _TENTHS = 50, 10
 _FIRST_REMOTE, _CLIENT = 100_000, 99_999  # numbers of pods
 _SHOP, _CLIENTS = "shop", "clients"
-_QUICKLY, _LOST = 0.002, 0.004  # seconds for an answer; those after which a datagram counts as lost
-_SURE = 3  # datagrams in a row that are lost
+_QUICKLY, _LOST = 0.002, 0.004  # seconds for an answer; those after which there is none
+_SURE = 3  # in a row
 _ATTACHED = 100
 _SEED = 1
 
@@ -256,11 +256,11 @@ def _change_subject(proxied: Proxied, cluster: _Cluster, pairs: int) -> Seconds:
 
 
 def _passes(source: str, address: str) -> bool:
-    return bool(ask_datagram(source, address, TARGET_PORT, _QUICKLY))
+    return reaches(source, address, TARGET_PORT, _QUICKLY)
 
 
 def _is_shut(source: str, address: str) -> bool:
-    return not any(ask_datagram(source, address, TARGET_PORT, _LOST) for _ in range(_SURE))
+    return not any(reaches(source, address, TARGET_PORT, _LOST) for _ in range(_SURE))
 
 
 def _when_open(proxied: Proxied, source: str, address: str) -> float:
@@ -268,7 +268,7 @@ def _when_open(proxied: Proxied, source: str, address: str) -> float:
 
 
 def _when_shut(proxied: Proxied, source: str, address: str) -> float:
-    """When the first datagram left of those that nobody answered."""
+    """When the first of those connections was tried that got no answer."""
     left = 0.0
 
     def shut() -> bool:
