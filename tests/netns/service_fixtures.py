@@ -21,10 +21,10 @@ PATIENCE = 30.0
 BOTH = "10.244.0.0/16,fd00:10:244::/56"
 
 
-@pytest.fixture(scope="module")
-def proxied() -> Iterator[Stage]:
+@pytest.fixture(scope="module", params=["nftables", pytest.param("iptables", marks=pytest.mark.slow)])
+def proxied(request: pytest.FixtureRequest) -> Iterator[Stage]:
     """A lab of three nodes of both families with proxies, and the Services of `manifests`, ready."""
-    lab = cluster.up(LabState(name=fresh_name(), nodes=state.plan_nodes(3, BOTH), pod_cidr=BOTH, proxy="nftables"))
+    lab = cluster.up(LabState(name=fresh_name(), nodes=state.plan_nodes(3, BOTH), pod_cidr=BOTH, proxy=request.param))
     try:
         stage = Stage(lab)
         stage.apply(*manifests())

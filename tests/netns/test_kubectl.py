@@ -117,6 +117,52 @@ def test_get_and_describe(shop: Kubectl) -> None:
     assert shop("get", "all", "-o", "name").splitlines().count("deployment.apps/web") == 1
 
 
+SERVICES = """
+apiVersion: v1
+kind: Service
+metadata: {name: web}
+spec: {type: LoadBalancer, selector: {app: web}, ports: [{port: 80, targetPort: http, nodePort: 30080}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: web}
+spec: {podSelector: {matchLabels: {app: web}}, ingress: [{}]}
+---
+apiVersion: networking.k8s.io/v1
+kind: Ingress
+metadata: {name: web}
+spec: {rules: [{http: {paths: [{path: /, pathType: Prefix, backend: {service: {name: web, port: {number: 80}}}}]}}]}
+"""
+TAKEN = """
+apiVersion: v1
+kind: Service
+metadata: {name: other}
+spec: {type: NodePort, ports: [{port: 80, nodePort: 30080}]}
+"""
+
+
+def test_services_and_what_goes_with_them(shop: Kubectl) -> None:
+    shop("apply", "-f", "-", stdin=SERVICES)
+    try:
+        ready = "jsonpath={.endpoints[1].conditions.ready}=true"
+        shop("wait", f"--for={ready}", "endpointslice", "-l", "kubernetes.io/service-name=web", "--timeout=60s")
+        (found,) = rows(shop("get", "endpointslices")).values()
+        assert (found[0][:4], found[1], found[2], len(found[3].split(","))) == ("web-", "IPv4", "80", 2)
+        shop("wait", "--for=jsonpath={.status.loadBalancer.ingress[0].ip}", "service/web", "--timeout=60s")
+        name, kind, cluster_ip, balanced, ports, _ = rows(shop("get", "services"))["web"]
+        assert (name, kind, ports) == ("web", "LoadBalancer", "80:30080/TCP")
+        assert cluster_ip.startswith("10.96.")
+        assert balanced.startswith("198.51.100.")
+        assert f"IP:                       {cluster_ip}" in shop("describe", "service", "web")
+        refused = shop.run("create", "-f", "-", stdin=TAKEN)
+        assert "spec.ports[0].nodePort: Invalid value: 30080: provided port is already allocated" in refused.stderr
+        shop("patch", "service", "web", "-p", '{"spec": {"type": "ClusterIP"}}')
+        assert rows(shop("get", "services"))["web"][1:5] == ["ClusterIP", cluster_ip, "<none>", "80/TCP"]
+    finally:
+        shop("delete", "-f", "-", stdin=SERVICES)
+    assert shop("get", "endpointslices", "-o", "name") == ""
+
+
 def test_logs(shop: Kubectl) -> None:
     assert shop("logs", "bare") == "1\n2\n3\n"
     assert shop("logs", "bare", "--tail=1") == "3\n"
