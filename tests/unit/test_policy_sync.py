@@ -321,10 +321,10 @@ def test_connections_of_a_pod_that_is_let_in_no_more_are_cut_and_only_they_are_l
 def test_a_change_that_only_opens_looks_at_no_connection() -> None:
     async def story(stage: Stage) -> None:
         peers = [{"namespaceSelector": {}, "podSelector": {"matchLabels": {"role": "friend"}}}]
-        stage.say(*BASE, policy("x/p", ingress=[{"from": peers}]))
+        stage.say(*BASE, policy("x/p", ingress=[{"from": peers, "ports": [{"port": 81}]}]))
         await until(lambda: stage.sync.synced)
         await a_moment()
-        odd = connection("y/c", "x/a")
+        odd = connection("y/a", "x/a", 80)
         stage.connections.table = [odd]
         stage.say(pod("y/a", role="friend"))
         await until(lambda: at("y/a") in stage.kernel.text)
