@@ -424,7 +424,7 @@ def test_a_pod_that_changes_its_mac_is_cut_off() -> None:
 DAMAGE = {
     "the whole ruleset flushed": "flush ruleset",
     "the table deleted": "delete table bridge podwire",
-    "a chain flushed": "flush chain bridge podwire v4",
+    "a chain flushed": "flush chain bridge podwire blame",
     "a rule of somebody else": "add rule bridge podwire from_pod accept",
     "an element deleted": f'delete element bridge podwire macs {{ "PORT" . {MY_MAC} }}',
     "an element of somebody else": f'add element bridge podwire bound4 {{ "PORT" . {MY_MAC} . {NEIGHBOUR} }}',
@@ -511,7 +511,7 @@ def test_elements_of_a_living_wire_that_is_not_known_yet_stay() -> None:
         async with guarded() as (it, _, _):
             forgetful = SpoofGuard(it.node.thread)
             assert await it.node.thread.run(forgetful.ensure) == []
-            it.node.run("nft", "flush", "chain", "bridge", "podwire", "v4")
+            it.node.run("nft", "flush", "chain", "bridge", "podwire", "arp_v4")
             assert await it.node.thread.run(forgetful.ensure) == ["made table bridge podwire"]
             assert it.a.pings(NODE)
             with pods(1):
