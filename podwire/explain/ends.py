@@ -162,7 +162,7 @@ def _takes(listening: str, address: Address) -> bool:
         there = ipaddress.ip_address(listening)
     except ValueError:
         return False
-    return there in (address, getattr(address, "ipv4_mapped", None))
+    return address in (there, getattr(there, "ipv4_mapped", None))
 
 
 # --- what ip says -------------------------------------------------------------------------------------------------
