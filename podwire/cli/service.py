@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Does what the verb says. Returns its exit code. Raises PodwireError."""
     place = _in_lab(arguments) if arguments.name else _on_node(arguments)
-    cluster = service_reading.read(place.config.kubernetes, place.config.rules())
+    cluster = service_reading.read(place.config.kubernetes, place.config.rules(), place.config.mode.value)
     verbs: dict[str, Callable[[argparse.Namespace, Place, Cluster], Object]] = {
         "list": lambda given, _, all_: {"services": listed(all_, given.namespace)},
         "show": lambda given, _, all_: shown(all_, (given.namespace, given.service)),

@@ -31,13 +31,13 @@ class _LastProblem(Silent):
             self.words = f"{kind}: {reason}"
 
 
-def read(kubernetes: KubeOptions, settings: Settings) -> Cluster:
+def read(kubernetes: KubeOptions, settings: Settings, mode: str) -> Cluster:
     """Lists what there is. Raises TryAgain with what hindered it, ConfigError."""
     problem = _LastProblem()
 
     async def everything() -> Cluster:
         async with asyncio.timeout(_SECONDS), Client(options.access(kubernetes), observer=problem) as client:
-            return await read_from(ApiSource(client), settings)
+            return await read_from(ApiSource(client), settings, mode)
 
     try:
         return asyncio.run(everything())
@@ -45,13 +45,13 @@ def read(kubernetes: KubeOptions, settings: Settings) -> Cluster:
         raise TryAgain(f"the Kubernetes API did not say in {_SECONDS:.0f} s what there is: {problem.words}") from None
 
 
-async def read_from(source: Source, settings: Settings) -> Cluster:
+async def read_from(source: Source, settings: Settings, mode: str = "nftables") -> Cluster:
     """Everything that a source has."""
     kinds = (SERVICES, ENDPOINT_SLICES, NODES, PODS)
     wanted: list[Wanted[Any]] = [*(Wanted(kind=kind) for kind in kinds), Wanted(kind=SERVICE_CIDRS, optional=True)]
     services, slices, nodes, pods, cidrs = await asyncio.gather(*(_all(source, each) for each in wanted))
     return Cluster(
-        services=services, slices=slices, nodes=nodes, pods=pods, service_cidrs=cidrs, settings=settings
+        services=services, slices=slices, nodes=nodes, pods=pods, service_cidrs=cidrs, settings=settings, mode=mode
     )  # fmt: skip
 
 

@@ -178,7 +178,8 @@ def _at_node(cluster: Cluster, node: str, origin: Origin, target: Target) -> Ite
 
 def _past_services(cluster: Cluster, seen: Services, node: str, origin: Origin, target: Target) -> Iterator[Hop]:
     if target.address in seen.cluster_ips:
-        yield Hop(at=node, what=f"refused: the Service of {target.address} has no port {target.port}/{target.protocol}")
+        word = "refused" if cluster.mode == "nftables" else "dropped"  # iptables mode knows of networks alone
+        yield Hop(at=node, what=f"{word}: the Service of {target.address} has no port {target.port}/{target.protocol}")
         return
     if any(target.address in network for network in seen.service_cidrs):
         yield Hop(at=node, what=f"dropped: no Service has {target.address}, which is of the Services' network")

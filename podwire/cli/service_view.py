@@ -21,7 +21,7 @@ Key = tuple[str, str]
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):
-    """All that there is, at about one moment. `settings` are the proxy's, of the node that is asked about."""
+    """All that there is, at about one moment. `settings` and `mode` are the proxy's, of the node asked about."""
 
     services: tuple[Service, ...] = ()
     slices: tuple[EndpointSlice, ...] = ()
@@ -29,6 +29,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     pods: tuple[Pod, ...] = ()
     service_cidrs: tuple[ServiceCIDR, ...] = ()
     settings: Settings
+    mode: str = "nftables"
 
     def seen_by(self, node: str) -> Services:
         """The Services as the proxy of a node has them."""
