@@ -20,12 +20,34 @@ from collections.abc import Iterable, Sequence
 from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.model import Attachment
 from ipam_daemon.netlink import NetlinkThread, index_of, naming
-from ipam_daemon.nfelements import Family, Table, add, delete
-from ipam_daemon.nfnetlink import ElementRefused
-from ipam_daemon.spoofguard import COUNTED, SETS, TABLE, Element, elements, parse_shape, port_of, render, shape
+from ipam_daemon.spoofguard import (
+    COUNTED,
+    SETS,
+    TABLE,
+    Element,
+    GuardState,
+    elements,
+    parse_shape,
+    port_of,
+    render,
+    shape,
+)
+from podwire.nfelements import Family, Table, add, delete
+from podwire.nfnetlink import ElementRefused
 
 _FIREWALL = Table(Family.INET, "podwire")
 _NFT_SECONDS = 10.0
+
+
+def read_guard(nftables: Nftables) -> GuardState:
+    """What the kernel has now. Raises OSError."""
+    found: set[Element] = set()
+    for name in SETS:
+        keys = nftables.elements(TABLE, name)
+        if keys is None:
+            return GuardState()
+        found.update(Element(name, key) for key in keys)
+    return GuardState(parse_shape(nftables.rules(TABLE)), frozenset(found))
 
 
 class SpoofGuard:
@@ -69,12 +91,11 @@ class SpoofGuard:
     def ensure(self) -> list[str]:
         """Brings table and elements to what is bound. Returns what had to be done, in words. Raises PlumbingFailed."""
         with naming(f"reading table {TABLE}"):
-            actual = self._read()
-            found = parse_shape(self._thread.nftables.rules(TABLE))
-        there = actual or frozenset()
+            state = read_guard(self._thread.nftables)
+        there = state.elements
         wanted = frozenset[Element]().union(*self._bound.values())
         unwanted = {element for element in there - wanted if self._is_stale(element)}
-        if actual is None or found != shape():
+        if state.shape != shape():
             self._run(render((wanted | there) - unwanted))
             return [f"made table {TABLE}"]
         missing = wanted - there
@@ -96,16 +117,6 @@ class SpoofGuard:
         """Those of a wire that is there and not known here are left: the journal may take it in yet."""
         port = port_of(element)
         return port in self._bound or not index_of(port)
-
-    def _read(self) -> frozenset[Element] | None:
-        """The elements that the kernel has; None when a set is missing."""
-        found: set[Element] = set()
-        for name in SETS:
-            keys = self._thread.nftables.elements(TABLE, name)
-            if keys is None:
-                return None
-            found.update(Element(name, key) for key in keys)
-        return frozenset(found)
 
     def _commit(self, added: Iterable[Element] = (), removed: Iterable[Element] = ()) -> None:
         """Raises FileNotFoundError when there is no set to add to, PlumbingFailed for everything else."""

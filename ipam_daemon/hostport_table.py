@@ -21,31 +21,22 @@ import logging
 from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 
-import msgspec
-
 from ipam_daemon.conntrack import forget_udp
 from ipam_daemon.errors import PortTaken
 from ipam_daemon.firewall import run_nft
 from ipam_daemon.hostport_rules import NAME, ROUTE_LOCALNET, is_whole, render
-from ipam_daemon.hostports import MAPS, PAIRS, Element, describe, elements, overlap, shadows, target
+from ipam_daemon.hostports import MAPS, PAIRS, Element, TableState, describe, elements, overlap, shadows, target
 from ipam_daemon.journal import Journal
 from ipam_daemon.model import Address, Attachment, AttachmentKey, PortMapping
 from ipam_daemon.netlink import NetlinkThread, read_sysctl, write_sysctl
-from ipam_daemon.nfelements import Change, Family, Table, add, delete
-from ipam_daemon.nfnetlink import ElementRefused, Nftables
 from ipam_daemon.sockdiag import listening
+from podwire.nfelements import Change, Family, Table, add, delete
+from podwire.nfnetlink import ElementRefused, Nftables
 
 _TABLE = Table(Family.INET, NAME)
 _TO_BE_MENDED = (errno.ENOENT, errno.EBUSY, errno.EEXIST)  # no table, or the port leads elsewhere
 
 log = logging.getLogger(__name__)
-
-
-class TableState(msgspec.Struct, frozen=True):
-    """What the kernel has: whether the rules are whole, and the elements."""
-
-    whole: bool
-    elements: frozenset[Element] = frozenset()
 
 
 def read_table(nftables: Nftables) -> TableState:

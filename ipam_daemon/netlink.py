@@ -21,10 +21,10 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from ipam_daemon.errors import PlumbingFailed
-from ipam_daemon.nfnetlink import Nftables
 from ipam_daemon.peer_messages import BulkChannel
 from ipam_daemon.rtnl import Channel
 from podwire.netns import inside, netlink_socket
+from podwire.nfnetlink import Nftables
 
 _EUI64 = "0"  # IN6_ADDR_GEN_MODE_EUI64, linux/if_link.h
 

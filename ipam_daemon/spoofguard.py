@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from ipam_daemon.model import Address, Attachment
-from ipam_daemon.nfelements import Family, Table, concat, ifname
+from podwire.nfelements import Family, Table, concat, ifname
 
 TABLE = Table(Family.BRIDGE, "podwire")
 REASONS = ("mac", "address", "arp", "neighbor", "router", "vlan", "ethertype", "reserved")
@@ -78,6 +78,13 @@ class Shape(msgspec.Struct, frozen=True):
 
     mark: str
     rules: tuple[tuple[str, int], ...]
+
+
+class GuardState(msgspec.Struct, frozen=True):
+    """What the kernel has of the table; None for `shape` when the table, or a set of it, is not there."""
+
+    shape: Shape | None = None
+    elements: frozenset[Element] = frozenset()
 
 
 def _port_text(field: bytes) -> str:

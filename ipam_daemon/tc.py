@@ -1,7 +1,7 @@
 """What a limited wire takes of the kernel, packed by hand: ifb devices, token buckets, the chains that lead to them.
 
     rtnetlink    make_ifb · add_bucket · get_bucket · join_group   Messages for an exchange (ipam_daemon/rtnl.py)
-    nf_tables    lead · drop_chains   Steps for a batch (ipam_daemon/nfnetlink.py): a chain of our netdev table at a
+    nf_tables    lead · drop_chains   Steps for a batch (podwire/nfnetlink.py): a chain of our netdev table at a
                                       link's ingress or egress, which forwards to the ifb device
 
 pyroute2 takes 0.3 ms for each of these requests, an `nft` process 5 ms for the chains; packed, all of a wire's take
@@ -19,9 +19,9 @@ from collections.abc import Iterable
 import msgspec
 
 from ipam_daemon.bandwidth import TICK_NS, Bucket
-from ipam_daemon.nfelements import Family, Table
-from ipam_daemon.nfnetlink import Step
 from ipam_daemon.rtnl import Message
+from podwire.nfelements import Family, Table
+from podwire.nfnetlink import Step
 from podwire.nlattr import attribute, attributes, nested
 
 # rtnetlink

@@ -20,10 +20,10 @@ from bench.report import Report, Table
 from bench.stage import Stage
 from bench.statistic import median, percentile
 from ipam_daemon.model import Attachment, AttachmentKey
-from ipam_daemon.nfelements import add, delete
-from ipam_daemon.nfnetlink import Nftables
 from ipam_daemon.plan import mac_of
 from ipam_daemon.spoofguard import TABLE, Element, elements, render, text
+from podwire.nfelements import add, delete
+from podwire.nfnetlink import Nftables
 
 _OTHERS = 200
 _MANY = 200  # pods, which have 1,000 elements

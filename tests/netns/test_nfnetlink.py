@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import pytest
 
 from ipam_daemon.errors import PlumbingFailed
-from ipam_daemon.nfelements import ACCEPT, DROP, Change, Family, Table, Verdict, add, concat, delete, goto, ifname, jump
-from ipam_daemon.nfnetlink import ElementRefused, Nftables
+from podwire.nfelements import ACCEPT, DROP, Change, Family, Table, Verdict, add, concat, delete, goto, ifname, jump
+from podwire.nfnetlink import ElementRefused, Nftables
 from tests.netns.node_fixtures import Node, play
 
 T = TypeVar("T")

@@ -29,7 +29,7 @@ from itertools import count
 
 import msgspec
 
-from ipam_daemon.nfelements import Change, Table, Verdict
+from podwire.nfelements import Change, Table, Verdict
 from podwire.nlattr import attribute, attributes, message, messages, nested
 
 # netlink
