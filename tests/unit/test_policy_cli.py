@@ -261,6 +261,34 @@ def test_a_wide_matrix_is_broken_by_columns() -> None:
     assert sum(line.startswith("1 shop/") for line in lines) >= 2
 
 
+def test_pods_of_one_template_that_a_block_tells_apart_are_two_rows() -> None:
+    near, far = (
+        bare_pod(f"p{number}", "shop") | {"status": {"phase": "Running", "podIPs": [{"ip": f"10.0.{number}.1"}]}}
+        for number in (1, 2)
+    )
+    far["metadata"]["labels"] = near["metadata"]["labels"]
+    only_near = policy(
+        "shop/block", select={"app": "server"}, ingress=[{"from": [{"ipBlock": {"cidr": "10.0.1.0/24"}}]}]
+    )
+    matrix = make_matrix(Cluster(read_objects([near, far, bare_pod("server", "shop"), only_near])))
+    place = {pod: number for number, group in enumerate(matrix.groups) for pod in group.pods}
+    states = [matrix.cells[place[f"shop/p{number}"]][place["shop/server"]].state for number in (1, 2)]
+    assert states == ["all", "none"]
+
+
+def test_a_service_with_one_endpoint_that_is_closed_is_denied() -> None:
+    pods = [bare_pod(name, "shop") for name in ("open", "shut")]
+    for each in pods:
+        each["metadata"]["labels"]["tier"] = "back"
+    shut = policy("shop/shut", select={"app": "shut"})
+    both = service("back", {"tier": "back"}, ports=[{"port": 80}])
+    cluster = Cluster(read_objects([*pods, both, shut, bare_pod("client")]))
+    answer = verdict.ask(cluster, cluster.place("client"), cluster.place("shop/back"), PortWish(number=80))
+    assert ([leg.judgement.allowed for leg in answer.legs], answer.allowed) == ([True, False], False)
+    said = "\n".join(verdict.describe(cluster, answer))
+    assert said.index("to shop/open") < said.index("to shop/shut") < said.index("isolated for ingress by shop/shut")
+
+
 HOSTILE = '<script>alert("&")</script>'
 
 
@@ -279,6 +307,11 @@ def test_pictures_are_whole_and_need_nothing_else() -> None:
         assert "&lt;script&gt;" in text
         addresses = text.replace("http://www.w3.org/2000/svg", "")
         assert not any(word in addresses for word in ("http:", "https:", "src=", "url(", "href"))
+    alone = make_matrix(Cluster(read_objects([pod])))  # its name is a row's and a column's
+    for text in (render_svg(alone), render_html(alone)):
+        assert "<script" not in text
+        assert text.count("&lt;script&gt;") >= 4
+        ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
     assert "shop/broken: spec.ingress[0]" in page
 
 
