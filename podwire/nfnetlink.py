@@ -94,7 +94,13 @@ class Nftables:
             self._socket.setsockopt(socket.SOL_SOCKET, option, _QUEUE)
         # The kernel's own timeout: Python's would wait with MSG_DONTWAIT, too.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(_TIMEOUT, 0))
+        self._socket.bind((0, 0))
         self._sequence = count(1)
+
+    @property
+    def port(self) -> int:
+        """The number by which the kernel tells others that a change was made here (nlmsg_pid of its events)."""
+        return int(self._socket.getsockname()[0])
 
     def commit(self, changes: Iterable[Change], limit: int = _QUEUE) -> None:
         """Makes all changes or none, in their order. More than `limit` bytes, for which the send buffer has no room,
