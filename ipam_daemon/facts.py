@@ -2,7 +2,7 @@
 
     etcd       Registered   blocks of all nodes, this node's record, who holds its name
     journal    Journaled    attachments, wires on the way out, blocks
-    kernel     Kernel       links, entries towards the other nodes, our nft table, sysctls
+    kernel     Kernel       links, entries towards the other nodes, our nft tables, sysctls
     runtime    Runtime      whether an attachment's namespace is there, and what is not right inside
     daemon     the rest     what it is, what it wants, what it is at, which addresses its allocator does not hand out
 
@@ -15,9 +15,11 @@ from collections.abc import Mapping
 
 import msgspec
 
+from ipam_daemon.hostports import TableState
 from ipam_daemon.model import Address, Attachment, AttachmentKey, Block, Interface, NodeRecord
 from ipam_daemon.plan import NodePlan, PeersPlan
 from ipam_daemon.ruleset import FirewallState
+from ipam_daemon.spoofguard import GuardState
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +48,10 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     peers: PeersPlan = PeersPlan(neighbours={}, fdb={}, routes={})
     firewall: FirewallState = FirewallState(chains="", elements={})
     sysctls: Mapping[str, str] = {}
+    guard: GuardState = GuardState()
+    host_ports: TableState = TableState(whole=False)
+    limits: Mapping[str, tuple[str, ...]] = {}
+    """What is not right of the queues of a limited wire, in words, by the name of its end on the node."""
 
 
 class Journaled(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,3 +118,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     waiting_dels: tuple[str, ...] = ()
     """Files of the queue; those that nobody could read are `unreadable_dels`."""
     unreadable_dels: tuple[str, ...] = ()
+
+    def is_stranded(self, row: Attachment) -> bool:
+        """Whether an address of the row is in no block of this node. Before the first block is known none is."""
+        cidrs = self.record.blocks
+        return bool(cidrs) and any(each.network not in cidrs for each in row.addresses)

@@ -33,7 +33,7 @@ from ipam_daemon.spoofguard import (
     shape,
 )
 from podwire.nfelements import Family, Table, add, delete
-from podwire.nfnetlink import ElementRefused
+from podwire.nfnetlink import ElementRefused, Nftables
 
 _FIREWALL = Table(Family.INET, "podwire")
 _NFT_SECONDS = 10.0

@@ -44,6 +44,13 @@ class Element(msgspec.Struct, frozen=True, order=True):
     data: bytes = b""
 
 
+class TableState(msgspec.Struct, frozen=True):
+    """What the kernel has of our table: whether the rules are whole, and the elements."""
+
+    whole: bool
+    elements: frozenset[Element] = frozenset()
+
+
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """A port of the node that somebody has. `host_ip` as in PortMapping."""
 

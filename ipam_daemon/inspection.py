@@ -24,9 +24,10 @@ import msgspec
 
 from ipam_daemon.agent import Agent
 from ipam_daemon.attachments import Attachments
-from ipam_daemon.audit import KINDS, Difference, compare, is_stranded, lasting
+from ipam_daemon.audit import compare
 from ipam_daemon.delqueue import DelQueue
 from ipam_daemon.devices import wanted_sysctls
+from ipam_daemon.differences import KINDS, Difference, lasting
 from ipam_daemon.errors import CniError
 from ipam_daemon.facts import Facts, Journaled, Kernel, Registered, Runtime, Sandbox
 from ipam_daemon.firewall import Firewall
@@ -176,6 +177,8 @@ class Inspection:
         etcd, etcd_error = await self._registered()
         pools = () if plan is None else plan.bridge.pools
         kernel = await read_kernel(self._thread, self._firewall, sysctls, pools)
+        limits = await self._thread.run(self._wires.limits, self._journal.attachments())
+        kernel = msgspec.structs.replace(kernel, limits=limits)
         facts = Facts(
             now=time.time(),
             record=self._agent.record,
@@ -216,7 +219,7 @@ class Inspection:
             why = await self._thread.run(_why_gone, row.netns)
             if why:
                 gone[row.host_ifname] = why
-            elif row.host_ifname in kernel.links and not is_stranded(facts, row):
+            elif row.host_ifname in kernel.links and not facts.is_stranded(row):
                 found = await self._inside(row)
                 if found:
                     changed[row.host_ifname] = tuple(found)

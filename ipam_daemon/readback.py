@@ -1,4 +1,4 @@
-"""The node's namespace, read back for an audit: its links, the entries towards other nodes, our nft table, sysctls.
+"""The node's namespace, read back for an audit: its links, the entries towards other nodes, our nft tables, sysctls.
 
 Two dumps (links, addresses) serve all pods. Nothing is changed, and nothing of others is looked at
 but to be told from ours.
@@ -15,6 +15,8 @@ from typing import Any
 from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.facts import Kernel, Link
 from ipam_daemon.firewall import Firewall
+from ipam_daemon.guard import read_guard
+from ipam_daemon.hostport_table import read_table
 from ipam_daemon.model import Interface, Network
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.peers import Peers
@@ -31,6 +33,8 @@ async def read_kernel(
         peers=await thread.run(_peers, thread, tuple(pools)),
         firewall=await firewall.read(),
         sysctls=await thread.run(_sysctls, tuple(sysctls)),
+        guard=await thread.run(lambda: read_guard(thread.nftables)),
+        host_ports=await thread.run(lambda: read_table(thread.nftables)),
     )
 
 

@@ -20,7 +20,7 @@ import msgspec
 
 from ipam_daemon import cni
 from ipam_daemon.attachments import Attachments
-from ipam_daemon.audit import KINDS, Difference
+from ipam_daemon.differences import KINDS, Difference
 from ipam_daemon.errors import CniError, Impaired, TryAgainLater, Unavailable, code_of
 from ipam_daemon.inspection import Outcome
 from ipam_daemon.journal import Journal

@@ -292,6 +292,11 @@ class Wires:
         finally:
             os.close(netns)
 
+    def limits(self, attachments: Iterable[Attachment]) -> dict[str, tuple[str, ...]]:
+        """What is not right of the queues of limited wires, in words, by the name of the host's end."""
+        limited = (each for each in attachments if each.bandwidth)
+        return {each.host_ifname: tuple(self._shaper.differences(each)) for each in limited}
+
     def _port(self, host_ifname: str) -> Any:
         """The host's end as the kernel has it, None when it is gone."""
         index = index_of(host_ifname)

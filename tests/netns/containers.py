@@ -20,6 +20,14 @@ from podwire.lab.state import LabState
 from podwire.v1 import agent_pb2
 
 CONFIG = {"cniVersion": "1.1.0", "name": "podwire", "type": "podwire"}
+WHOLE = {
+    **CONFIG,
+    "runtimeConfig": {
+        "portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": protocol} for protocol in ("tcp", "udp")],
+        "bandwidth": dict.fromkeys(("ingressRate", "ingressBurst", "egressRate", "egressBurst"), 800_000_000),
+    },
+}
+"""Asks for ports of the node, and for limits in both directions, too."""
 PATIENCE = 30.0
 T = TypeVar("T")
 

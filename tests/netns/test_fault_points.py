@@ -29,7 +29,7 @@ import ipam_daemon
 from ipam_daemon.faults import POINTS, VARIABLE
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import CONFIG, Answer, Container, at_once, containers, on_node, pod_links, status
+from tests.netns.containers import WHOLE, Answer, Container, at_once, containers, on_node, pod_links, status
 from tests.netns.traffic import traffic
 
 PATIENCE = 30.0
@@ -39,16 +39,6 @@ PROMISES = (
     "no address twice",
     "running pods lose no packet",
 )
-
-
-WHOLE = {
-    **CONFIG,
-    "runtimeConfig": {
-        "portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": protocol} for protocol in ("tcp", "udp")],
-        "bandwidth": dict.fromkeys(("ingressRate", "ingressBurst", "egressRate", "egressBurst"), 800_000_000),
-    },
-}
-"""What an ADD asks for at the points of ADD and DEL: ports of the node, and limits in both directions."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ import yaml
 
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import Container, containers, on_node, pod_links, status
+from tests.netns.containers import WHOLE, Container, containers, on_node, pod_links, status
 
 PATIENCE = 30.0
 PODWIRE = (sys.executable, "-m", "podwire.cli.main")
@@ -157,12 +157,27 @@ DAMAGES: dict[str, tuple[str, set[str]]] = {
             *("route-missing", "neighbour-missing", "fdb-missing", "sysctl-changed"),
         },
     ),
+    "what a pod has besides its wire is taken away": (
+        "nft flush set bridge podwire bound4; nft flush map inet podwire_hostports any4; ip link del {queue}",
+        {"guard-elements", "host-port-missing", "limit-changed"},
+    ),
+    "what is nobody's is added": (
+        "nft add element bridge podwire bound4 '{{ \"pwffffffffffff\" . 0a:58:0a:63:00:01 . 10.99.0.1 }}';"
+        "nft add element inet podwire_hostports hairpin4 '{{ 10.99.0.1 . 10.99.0.1 }}';"
+        "ip link add pwiffffffffffff type ifb",
+        {"guard-stale", "host-port-stale", "orphan-queue"},
+    ),
+    "the tables of pods are deleted": (
+        "nft delete table bridge podwire; nft delete table inet podwire_hostports",
+        {"guard-changed", "host-ports-changed", "host-port-missing"},
+    ),
     "a wire gets another name": ("ip link set {wire} down; ip link set {wire} name mine up", {"renamed-wire"}),
 }
 
 
 def damage(lab: LabState, name: str, script: str, box: Container) -> None:
-    words = script.replace("{{", "{").replace("}}", "}").replace("{wire}", host_end(lab, name, box))
+    wire = host_end(lab, name, box)
+    words = script.replace("{{", "{").replace("}}", "}").replace("{wire}", wire).replace("{queue}", f"pwi{wire[2:]}")
     done = on_node(lab, name, "sh", "-ec", words)
     assert done.returncode == 0, done.stderr
 
@@ -175,7 +190,7 @@ def reaches(box: Container, address: str) -> bool:
 def test_what_somebody_does_to_the_kernel_is_named_and_fixed(lab: LabState, what: str) -> None:
     script, kinds = DAMAGES[what]
     with containers(lab, "node1", "fix", 1) as (box,), containers(lab, "node2", "far", 1) as (peer,):
-        box.call("ADD")
+        assert box.call("ADD", WHOLE).error == 0
         address = peer.call("ADD").address
         damage(lab, "node1", script, box)
         seen = Check(lab, "node1")
@@ -193,7 +208,7 @@ def test_what_somebody_does_to_the_kernel_is_named_and_fixed(lab: LabState, what
 
 def test_reconcile_repairs_all_of_it_without_being_asked(lab: LabState) -> None:
     with containers(lab, "node2", "self", 1) as (box,), containers(lab, "node1", "near", 1) as (peer,):
-        box.call("ADD")
+        assert box.call("ADD", WHOLE).error == 0
         address = peer.call("ADD").address
         for what, (script, _) in DAMAGES.items():
             damage(lab, "node2", script, box)

@@ -11,20 +11,25 @@ from typing import Any
 import msgspec
 import pytest
 
-from ipam_daemon import ruleset
-from ipam_daemon.audit import KINDS, compare, lasting
+from ipam_daemon import hostports, ruleset, spoofguard
+from ipam_daemon.audit import compare
+from ipam_daemon.differences import KINDS, lasting
 from ipam_daemon.facts import Facts, Journaled, Kernel, Link, Registered, Runtime, Sandbox
+from ipam_daemon.hostports import TableState
 from ipam_daemon.model import (
     Attachment,
     AttachmentKey,
     AttachmentState,
+    Bandwidth,
     Block,
     ClusterConfig,
     NodeRecord,
     PodRef,
     Pool,
+    PortMapping,
 )
 from ipam_daemon.plan import RoutePlan, alias_of, mac_of, plan_node, plan_record
+from ipam_daemon.spoofguard import GuardState
 
 NOW = 1000.0
 CIDR, PEER, THIRD = (ipaddress.ip_network(f"10.244.{number}.0/24") for number in (1, 2, 3))
@@ -67,6 +72,11 @@ def wire(attachment: Attachment, **changes: Any) -> Link:
     return msgspec.structs.replace(link, **changes)
 
 
+def guard(*attachments: Attachment) -> GuardState:
+    """The table with what these may send as."""
+    return GuardState(spoofguard.shape(), frozenset().union(*map(spoofguard.elements, attachments)))
+
+
 PLAN = plan_node(
     ClusterConfig(pools=(POOL,)), record("node-1", CIDR), [block(CIDR)], [record("node-2", PEER)], underlay_mtu=1500
 )
@@ -94,6 +104,7 @@ WELL = Facts(
         peers=PLAN.peers,
         firewall=ruleset.desired(PLAN.firewall),
         sysctls={"net/ipv4/ip_forward": "1"},
+        guard=guard(*ROWS),
     ),
     etcd=Registered(
         blocks=(block(CIDR), block(PEER, "node-2")),
@@ -148,7 +159,9 @@ def both(*changes: Change) -> Change:
 def rows(*attachments: Attachment) -> Change:
     """These rows, with the allocator of the same mind."""
     held = frozenset(each.addresses[0].ip for each in attachments)
-    return both(where("journal", attachments=attachments), but(held=held))
+    return both(
+        where("journal", attachments=attachments), but(held=held), where("kernel", guard=guard(*ROWS, *attachments))
+    )
 
 
 ADDRESS_3 = ROWS[0].addresses[0].ip
@@ -157,6 +170,15 @@ INNER = next(iter(PLAN.peers.fdb))
 STRANDED = row(3, addresses=(ipaddress.ip_interface("10.244.3.3/24"),))
 UNKNOWN = row(9)
 FIREWALL = ruleset.desired(PLAN.firewall)
+MAPPED = row(3, port_mappings=(PortMapping(protocol="tcp", host_port=8080, container_port=80),))
+LIMITED = row(3, bandwidth=Bandwidth(ingress_rate=8_000, ingress_burst=80_000))
+
+
+def leading(whole: bool, *attachments: Attachment) -> Change:
+    """The kernel with ports that lead to these."""
+    found = frozenset[hostports.Element]().union(*map(hostports.elements, attachments))
+    return where("kernel", host_ports=TableState(whole, found))
+
 
 STORIES: dict[str, tuple[Change, set[tuple[str, str]]]] = {
     "all is well": (but(), set()),
@@ -242,6 +264,7 @@ STORIES: dict[str, tuple[Change, set[tuple[str, str]]]] = {
     "an address of another block, its wire cut": (
         both(
             where("journal", attachments=(STRANDED,)),
+            where("kernel", guard=guard(STRANDED)),
             but(held=frozenset()),
             links(wire(STRANDED, master="", up=False), without=ROWS[1].host_ifname),
         ),
@@ -339,6 +362,47 @@ STORIES: dict[str, tuple[Change, set[tuple[str, str]]]] = {
         where("kernel", sysctls={"net/ipv4/ip_forward": "0"}),
         {("sysctl-changed", "net.ipv4.ip_forward")},
     ),
+    # what a pod has besides its wire
+    "no table of addresses": (where("kernel", guard=GuardState()), {("guard-changed", "bridge podwire")}),
+    "a rule more in it": (
+        where("kernel", guard=GuardState(spoofguard.Shape("", ()), guard(*ROWS).elements)),
+        {("guard-changed", "bridge podwire")},
+    ),
+    "a pod that may send nothing": (
+        where("kernel", guard=guard(ROWS[1])),
+        {("guard-elements", ROWS[0].host_ifname)},
+    ),
+    "a pod that may send as another": (
+        where("kernel", guard=guard(*ROWS, row(3, addresses=ROWS[1].addresses))),
+        {("guard-elements", ROWS[0].host_ifname)},
+    ),
+    "a port that is being added to": (
+        both(where("kernel", guard=guard(*ROWS, UNKNOWN)), links(wire(UNKNOWN, doomed=True))),
+        set(),
+    ),
+    "what nobody's port may send as": (
+        where("kernel", guard=guard(*ROWS, UNKNOWN)),
+        {("guard-stale", UNKNOWN.host_ifname)},
+    ),
+    "a port of the node that leads to its pod": (both(rows(MAPPED, ROWS[1]), leading(True, MAPPED)), set()),
+    "one that leads nowhere": (
+        both(rows(MAPPED, ROWS[1]), leading(True)),
+        {("host-port-missing", MAPPED.host_ifname)},
+    ),
+    "one without its rules": (
+        both(rows(MAPPED, ROWS[1]), leading(False, MAPPED)),
+        {("host-ports-changed", "inet podwire_hostports")},
+    ),
+    "one that leads to nobody": (leading(True, MAPPED), {("host-port-stale", str(ADDRESS_3))}),
+    "a limit that somebody took": (
+        both(rows(LIMITED, ROWS[1]), where("kernel", limits={LIMITED.host_ifname: ("its queue is gone",)})),
+        {("limit-changed", LIMITED.host_ifname)},
+    ),
+    "the queue of a wire that is gone": (
+        links(Link(name=f"pwi{UNKNOWN.host_ifname[2:]}", kind="ifb")),
+        {("orphan-queue", f"pwi{UNKNOWN.host_ifname[2:]}")},
+    ),
+    "a queue on its way out": (links(Link(name=f"pwi{UNKNOWN.host_ifname[2:]}", kind="ifb", doomed=True)), set()),
     # the queue
     "DELs that wait": (but(waiting_dels=("1.del",)), {("del-waiting", "1.del")}),
     "a damaged DEL": (but(unreadable_dels=("1.bad",)), {("del-unreadable", "1.bad")}),
