@@ -121,6 +121,8 @@ def _of_workload(obj: Plain, metadata: Plain, template: Plain) -> Iterator[Plain
         replicas = _MOST
     first = 0 if obj["kind"] == "StatefulSet" else 1
     own = template.get("metadata") or {}
+    if not isinstance(own, dict):
+        own = {"labels": own}  # which is wrong in a way that will be named
     for number in range(first, first + min(replicas if isinstance(replicas, int) else 1, _MOST)):
         about = {
             "name": f"{metadata['name']}-{number}",

@@ -238,6 +238,9 @@ def _seen_as(journey: _Way, there: Address) -> Address:
 def _same_node(journey: _Way, there: Address) -> Steps[Hop]:
     """Switched by the bridge, past the node's firewall."""
     node = journey.source.node
+    if journey.source.on_host:
+        said = ok(f"{node} sends it to its own pod by {BRIDGE}, and filters nothing of that")
+        return Hop(title="the bridge", where=node, findings=(said,))
     key = "nf_call_iptables" if there.version == 4 else "nf_call_ip6tables"
     reading = yield Ask(Where(node), ("ip", "-j", "-d", "link", "show", "dev", BRIDGE))
     items = reading.items()

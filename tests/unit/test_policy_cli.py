@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -345,3 +347,30 @@ def test_what_manifests_say_of_addresses_is_kept() -> None:
     cluster = Cluster(read_objects([bare_pod("first"), given, bare_pod("second")]))
     addresses = {pod.name: str(pod.addresses[0]) for pod in cluster.pods()}
     assert addresses == {"first": "10.244.0.11", "given": "10.244.0.10", "second": "10.244.0.12"}
+
+
+JUNK: tuple[Any, ...] = (None, [], {}, [None], -1, "x" * 300, "10.0.0.1", "None")
+
+
+def places_in(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every field of a manifest."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in items:
+        yield (*way, key)
+        yield from places_in(each, (*way, key))
+
+
+@pytest.mark.parametrize("number", range(len(SHOP)), ids=[f"{one['kind']} {one['metadata']['name']}" for one in SHOP])
+def test_whatever_stands_in_a_field_the_rest_is_answered(number: int) -> None:
+    """What reads manifests (podwire.manifests) has seen to it that kind, metadata and names are what they should be."""
+    kept = {("kind",), ("apiVersion",), ("metadata",), ("metadata", "name"), ("metadata", "namespace")}
+    for way, junk in itertools.product(set(places_in(SHOP[number])) - kept, JUNK):
+        manifests = copy.deepcopy(list(SHOP))
+        field: Any = manifests[number]
+        for key in way[:-1]:
+            field = field[key]
+        field[way[-1]] = junk
+        cluster = Cluster(read_objects(manifests))
+        matrix = make_matrix(cluster)
+        assert any("curl" in pod for group in matrix.groups for pod in group.pods) or SHOP[number]["kind"] == "Pod"
+        ElementTree.fromstring(render_svg(matrix))
