@@ -464,33 +464,37 @@ def _model_table(modelled: Modelled, count: int) -> Table:
 
 
 def _bounds(found: dict[Shape, Measured], modelled: Modelled | None) -> tuple[Bound, ...]:
-    bounds: list[Bound] = []
+    bounds = list(_everywhere({shape: each for shape, each in found.items() if shape.mode == "nftables"}))
 
     def add(what: str, measured: float, limit: float, unit: str) -> None:
         bounds.append(Bound(what=what, measured=measured, limit=limit, unit=unit))
 
     for shape, each in found.items():
-        latencies = {"change": each.changes or each.written, "new Service": each.adds}
-        if shape.mode == "nftables":
-            for what, taken in latencies.items():
-                add(f"{shape}: {what}, p50", median(taken) * 1000, 50, "ms")
-                add(f"{shape}: {what}, p99", percentile(taken, 99) * 1000, 150, "ms")
-            add(f"{shape}: CPU a change", each.change_cpu * 1000, 30, "ms")
         if (shape.mode, shape.services, shape.endpoints) in _COLD:
             limit = _COLD[shape.mode, shape.services, shape.endpoints]
             add(f"{shape}: answering after the lists", each.listed, limit, "s")
         if shape == Shape(mode="nftables", services=10_000):
-            bounds += (
-                Bound(what=f"{shape}: settled {key}", measured=each.memory[key], limit=140, unit="MB")
-                for key in ("VmRSS", "Pss")
-            )
+            for key in ("VmRSS", "Pss"):
+                add(f"{shape}: settled {key}", each.memory[key], 140, "MB")
         if shape == Shape(mode="iptables", services=5000):
-            add(f"{shape}: change, p50", median(latencies["change"]) * 1000, 100, "ms")
+            add(f"{shape}: change, p50", median(each.changes) * 1000, 100, "ms")
             few = found[Shape(mode="iptables", services=10)].connecting.service
             add(f"{shape}: a new connection, of that with 10", median(each.connecting.service) / median(few), 1.2, "")
     if modelled is not None:
         add(f"{_SLICES:,} slices decoded and modelled", modelled.seconds, 2, "s")
     return tuple(bounds)
+
+
+def _everywhere(found: dict[Shape, Measured]) -> Iterator[Bound]:
+    """What is asked for at every size: the worst of them."""
+    changes = [each.changes or each.written for each in found.values()]
+    for what, taken in (("a change", changes), ("a new Service", [each.adds for each in found.values()])):
+        for percent, limit in ((50, 50), (99, 150)):
+            worst = max(percentile(each, percent) for each in taken)
+            what_of = f"nftables, at every size: {what}, p{percent}"
+            yield Bound(what=what_of, measured=worst * 1000, limit=limit, unit="ms")
+    cpu = max(each.change_cpu for each in found.values())
+    yield Bound(what="nftables, at every size: CPU of a change", measured=cpu * 1000, limit=30, unit="ms")
 
 
 _COLD = {("nftables", 10_000, 3): 1.5, ("nftables", 30_000, 3): 5.0, ("iptables", 5000, 3): 2.5}
