@@ -88,6 +88,12 @@ class SpoofGuard:
         """Whether the wire is known here."""
         return attachment.host_ifname in self._bound
 
+    def differences(self, attachment: Attachment) -> list[str]:
+        """What of the wire's elements is not as ADD left it, in words; empty when all is well."""
+        with naming(f"reading table {TABLE}"):
+            missing = elements(attachment) - read_guard(self._thread.nftables).elements
+        return [f"{attachment.host_ifname} may not send as what it has been given ({TABLE})"] if missing else []
+
     def ensure(self) -> list[str]:
         """Brings table and elements to what is bound. Returns what had to be done, in words. Raises PlumbingFailed."""
         with naming(f"reading table {TABLE}"):

@@ -276,6 +276,7 @@ class Wires:
         """What of the wire is not as ADD left it, in words; empty when all is well."""
         found = self._port_differences(self._port(attachment.host_ifname), attachment)
         found += self._shaper.differences(attachment)
+        found += self._guard.differences(attachment) if self._guard else []
         return found + self.inside(attachment, netns_path, gateways)
 
     def inside(self, attachment: Attachment, netns_path: str, gateways: Mapping[Network, Address]) -> list[str]:

@@ -86,6 +86,10 @@ class Netns:
         """Any program inside."""
         return command("ip", "netns", "exec", self.name, *words, check=check, stdin=stdin)
 
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """Starts any program inside."""
+        return subprocess.Popen(("ip", "netns", "exec", self.name, *words), stdout=subprocess.PIPE, text=True)
+
     def links(self) -> set[str]:
         """The names of the links, `lo` not counted."""
         return {each["ifname"] for each in self.json("link", "show")} - {"lo"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
@@ -39,17 +38,10 @@ ALL_NODES, ALL_NODES_MAC = "ff02::1", "33:33:00:00:00:01"
 TOKEN, LAST = b"spoofed-or-not", b"and-that-was-all"
 
 
-class Box(Netns):
-    """A pod that traffic can be started in."""
-
-    def start(self, *command: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(("ip", "netns", "exec", self.name, *command), stdout=subprocess.PIPE, text=True)
-
-
 class Stage:
     """A node with two pods, guarded, and another machine on its underlay."""
 
-    def __init__(self, node: Node, a: Box, b: Box, outside: Netns) -> None:
+    def __init__(self, node: Node, a: Netns, b: Netns, outside: Netns) -> None:
         self.node, self.a, self.b, self.outside = node, a, b, outside
         self.guard = SpoofGuard(node.thread)
         self.wires = Wires(node.thread, guard=self.guard)
@@ -70,8 +62,8 @@ class Stage:
         }
 
     def listed(self) -> str:
-        """Our table as nft lists it."""
-        return self.node.run("nft", "list", "table", "bridge", "podwire")
+        """Our table as nft lists it, without what was counted."""
+        return self.node.run("nft", "-s", "list", "table", "bridge", "podwire")
 
     def port_of(self, mac: str) -> str:
         """Where the bridge believes a MAC to be."""
@@ -95,15 +87,11 @@ async def stage() -> AsyncIterator[Stage]:
         plan = msgspec.structs.replace(plan, addresses=(*plan.addresses, ipaddress.ip_interface(f"{NODE6}/120")))
         await node.thread.run(Devices(node.thread).ensure_bridge, plan)
         with ExitStack() as stack:
-            a, b, outside = (
-                stack.enter_context(kind(name)) for kind, name in ((Box, "a"), (Box, "b"), (Netns, "outside"))
-            )
+            a, b, outside = (stack.enter_context(Netns(name)) for name in ("a", "b", "outside"))
             node.ip("link", "add", "under0", "type", "veth", "peer", "name", "under0", "netns", outside.name)
             for machine, address in ((node, "192.0.2.1/24"), (outside, f"{OUTSIDE}/24")):
                 machine.ip("addr", "add", address, "dev", "under0")
                 machine.ip("link", "set", "under0", "up")
-            assert isinstance(a, Box)
-            assert isinstance(b, Box)
             yield Stage(node, a, b, outside)
 
 
