@@ -92,9 +92,9 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def place(whole: Place) -> Iterator[Place]:
+def place(whole: Place) -> Place:
     whole.stage.forget_connections()
-    yield whole
+    return whole
 
 
 # --- what a change cuts ---------------------------------------------------------------------------------------------
