@@ -8,10 +8,10 @@ overlap; requests made while one goes on are served by one run after it. There i
 first request of a burst is served at once, and how many share the next run is decided by how long a run takes.
 `min_interval`, from the start of one run to the start of the next, is for work that must not be done more often.
 Without any request a run with `resync` comes every `max_interval` seconds, counted from the last such run, so that
-changes, however many, do not put it off; but if such a run took long, the next is 200 times as long away, so that of
-the changes that come one in 200 at most meets one, and a large table costs no more than a small one. A run that
-raises TryAgain is repeated, with `resync`, after a pause that doubles from `first_retry` up to `last_retry`; requests
-do not shorten it.
+changes, however many, do not put it off; but if such a run took long, the next is 200 times as long away (an hour at
+most), so that of the changes that come one in 200 at most meets one, and a large table costs no more than a small
+one. A run that raises TryAgain is repeated, with `resync`, after a pause that doubles from `first_retry` up to
+`last_retry`; requests do not shorten it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from podwire.backoff import Backoff
 from podwire.errors import TryAgain
 
 log = logging.getLogger(__name__)
-_REST = 200.0  # times as long as a periodic run took
+_REST, _LONGEST_REST = 200.0, 3600.0  # times as long as a periodic run took, and seconds
 
 
 class Runner:
@@ -90,7 +90,7 @@ class Runner:
             self._say("")
             self._pauses.reset()
             if resync:
-                due = began + max(self._max_interval, _REST * (clock() - began))
+                due = began + max(self._max_interval, min(_LONGEST_REST, _REST * (clock() - began)))
             await asyncio.sleep(max(0.0, began + self._min_interval - clock()))
             with suppress(TimeoutError):  # wait_for of Python 3.11 may lose a cancellation
                 async with asyncio.timeout(max(0.0, due - clock())):
