@@ -24,11 +24,16 @@ _FLAGS = (
 )
 
 
-def add_etcd(parser: argparse.ArgumentParser) -> None:
-    """The flags that say where etcd is, and with which credentials."""
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The flag that names a daemon's configuration."""
     parser.add_argument(
         "--config", type=Path, default=CONFIG, metavar="FILE", help="a daemon's configuration (default: %(default)s)"
     )
+
+
+def add_etcd(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where etcd is, and with which credentials."""
+    add_config(parser)
     parser.add_argument(
         "--etcd", action="append", metavar="ENDPOINT", help="instead of the configuration's; may be given again"
     )

@@ -23,7 +23,7 @@ COMMANDS = {
     "ipam": "what etcd, journal, kernel and runtime say about this node, side by side",
     "cluster": "what holds for all nodes; change how they reach each other's pods",
     "service": "Services as a node sees them; where a connection would go",
-    "node": "the nodes of the cluster; forget one that is gone for good",
+    "node": "the nodes of the cluster; forget one that is gone for good; clean this one, which is given up",
     "policy": "what NetworkPolicies let pass: one flow, or all pods by all pods",
     "explain": "the way from a pod to another, to a Service or to an address, hop by hop, and which hop fails",
 }

@@ -1,7 +1,8 @@
-"""`podwire node`: the nodes of the cluster as etcd has them, and one that is gone for good forgotten.
+"""`podwire node`: the nodes of the cluster as etcd has them, one that is gone for good forgotten, this one cleaned.
 
-Both speak to etcd, not to a daemon: the node that is asked about may be the one that is gone. Where etcd is, and with
-which credentials, is in the configuration of the daemon of this node, unless flags say otherwise.
+`list` and `forget` speak to etcd, not to a daemon: the node that is asked about may be the one that is gone. Where etcd
+is, and with which credentials, is in the configuration of the daemon of this node, unless flags say otherwise. `clean`
+speaks to nobody but this node's kernel.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from ipam_daemon import nodes
+from ipam_daemon import nodes, settings
+from ipam_daemon.cleaning import clean
 from ipam_daemon.nodes import NodeView
+from ipam_daemon.settings import Settings
 from podwire.cli.agent import add_output
-from podwire.cli.etcd import add_etcd, options, with_etcd
+from podwire.cli.etcd import add_config, add_etcd, options, with_etcd
 from podwire.etcd import EtcdOptions
 
 
@@ -35,10 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forget.add_argument("--yes", action="store_true", help="do not ask")
     for verb in (listing, forget):
         add_etcd(verb)
+    text = "take the daemon's devices, routes and nft tables off this node, which is given up"
+    note = "Refused while the daemon runs or a pod is attached."
+    add_config(verbs.add_parser("clean", help=text, description=f"{text}. {note}"))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Does what the verb says. Returns its exit code. Raises PodwireError."""
+    if arguments.verb == "clean":
+        return _clean(settings.read(arguments.config))
     where = options(arguments)
     if arguments.verb == "list":
         found = with_etcd(where, nodes.list_nodes)
@@ -62,6 +70,15 @@ def _forget(where: EtcdOptions, name: str, *, sure: bool) -> int:
     print(f"forgot {name}")
     for block in released:
         print(f"released {block.cidr} of pool {block.pool}")
+    return 0
+
+
+def _clean(chosen: Settings) -> int:
+    done = clean(chosen)
+    for each in done:
+        print(f"removed  {each}")
+    if not done:
+        print("nothing of the daemon is left on this node")
     return 0
 
 
