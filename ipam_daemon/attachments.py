@@ -141,12 +141,13 @@ class Attachments:
             except Exception:
                 await self._undo(attachment)
                 raise
+            point("add.wired")
             if not self._is_deleted(call):
                 await self._await_policies(attachment)
             if self._is_deleted(call):
                 await self._release(attachment)
                 self._refuse_if_deleted(call)
-            point("add.wired")
+            point("add.settled")
             await self._open_host_ports(attachment)
             attached = await self._commit(attachment)
             point("add.committed")

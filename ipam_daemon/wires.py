@@ -125,6 +125,7 @@ class Wires:
     def _make(self, attachment: Attachment, netns: int, gateways: Mapping[Network, Address]) -> None:
         if self._guard:
             self._guard.bind(attachment)  # before it can send
+        point("add.bound")
         self._make_pair(attachment, netns)
         try:
             point("add.pair-made")

@@ -187,11 +187,13 @@ STORIES: dict[Story, tuple[str, ...]] = {
         "add.allocated",
         "journal.intending",
         "add.intended",
+        "add.bound",
         "add.pair-made",
         "add.limited",
         "add.pod-configured",
         "add.port-configured",
         "add.wired",
+        "add.settled",
         "add.host-ports-open",
         "add.committed",
         "held.written",
@@ -291,8 +293,14 @@ def runtime_deletes(scene: Scene) -> None:
     process.wait_for(
         lambda: "elements" not in ports_of_the_node(scene), PATIENCE, "no port of the node to lead to a pod"
     )
+    process.wait_for(lambda: bound(scene) == 1, PATIENCE, "what no pod may send as any more to be gone")
     assert "chain" not in on_node(scene.lab, "node1", "nft", "list", "ruleset", "netdev").stdout
     assert [box.name for box in scene.boxes if "eth0" in box.links()] == []
+
+
+def bound(scene: Scene) -> int:
+    """How many addresses pods may send as."""
+    return on_node(scene.lab, "node1", "nft", "list", "set", "bridge", "podwire", "bound4").stdout.count('"') // 2
 
 
 def ports_of_the_node(scene: Scene) -> str:
