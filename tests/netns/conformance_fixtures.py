@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from uuid import uuid4
 
@@ -10,7 +11,7 @@ import pytest
 from podwire.lab import cluster
 from podwire.lab.state import LabState, plan_nodes
 from tests.netns.containers import Container, containers
-from tests.netns.contenders import KINDS, Contender, Podwire
+from tests.netns.contenders import KINDS, Config, Contender, Podwire
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,27 @@ def podwire(it: Contender) -> Podwire:
     """The contender, where it is ours whatever happens."""
     assert isinstance(it, Podwire)
     return it
+
+
+# --- what rows ask ----------------------------------------------------------------------------------------------------
+
+OLD = ("0.3.1", "0.4.0")
+CHECKED = ("0.4.0", "1.0.0", "1.1.0")
+NEWEST = ("1.1.0",)
+BEFORE_NEWEST = ("0.3.1", "0.4.0", "1.0.0")
+
+
+def eth0(box: Container) -> Config:
+    """The container's interface as the kernel has it."""
+    shown = json.loads(box.run("ip", "-j", "-d", "address", "show", "dev", "eth0").stdout)
+    return dict(shown[0])
+
+
+def default_gateways(box: Container) -> list[str]:
+    return [each["gateway"] for each in json.loads(box.run("ip", "-j", "route", "show", "default").stdout)]
+
+
+def container_end(result: Config) -> Config:
+    """The one interface of a result that is in the container."""
+    (found,) = (each for each in result["interfaces"] if each.get("sandbox"))
+    return dict(found)
