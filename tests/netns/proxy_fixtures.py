@@ -22,7 +22,7 @@ import yaml
 from kube_proxy_lite.render.nftables_layout import WORDS
 from kube_proxy_lite.render.nftables_listing import parse_table
 from podwire.kube.objects import SERVICE_NAME_LABEL
-from tests.netns.node_fixtures import Netns
+from tests.netns.node_fixtures import Netns, command
 from tests.netns.plain_api import PORT, Object, PlainApi, inside
 from tests.netns.service_stage import Stage
 from tests.unit.service_cases import address, network
@@ -190,6 +190,15 @@ class ProxyStage:
         for proxy in self._proxies:
             if proxy.alive():
                 proxy.end(signal.SIGKILL)
+        until(lambda: not self._programs())  # what one that was killed has started ends by itself
+
+    def _programs(self) -> list[str]:
+        """Programs that change rules, and run on the node."""
+        names = []
+        for pid in command("ip", "netns", "pids", self.node.name).split():
+            with contextlib.suppress(OSError):
+                names.append(Path(f"/proc/{pid}/comm").read_text())
+        return [name for name in names if name.startswith(("nft", "ip6tables", "iptables", "xtables"))]
 
     def rules(self) -> str:
         """All of nftables on the node."""

@@ -256,8 +256,15 @@ def says_and_says(connection: socket.socket) -> None:
         pass
 
 
-@VERSIONS
-@pytest.mark.parametrize("left", [(REMOTE,), ()], ids=["another is left", "none is left"])
+@pytest.mark.parametrize(
+    ("version", "left"),
+    [
+        (4, (REMOTE,)),
+        (6, ()),
+        pytest.param(6, (REMOTE,), marks=pytest.mark.slow),
+        pytest.param(4, (), marks=pytest.mark.slow),
+    ],
+)
 def test_tcp_to_a_pod_that_vanished_is_reset(place: ProxyStage, version: int, left: tuple[str, ...]) -> None:
     """Its machine lost its cable: without us, the client would send into the void for a quarter of an hour."""
     place.api.put(web(version), pods(version, LOCAL))

@@ -34,6 +34,7 @@ STORM = Path(__file__).with_name("connection_storm.py")
 RATE = 200
 FLUSHED = 2.0
 MODES = pytest.mark.parametrize("mode", ["nftables", "iptables"])
+NFTABLES_FIRST = pytest.mark.parametrize("mode", ["nftables", pytest.param("iptables", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_no_connection_fails_in_a_quarter_of_a_minute_of_changes(place: ProxySta
     assert seen.total > 1500
 
 
-@MODES
+@NFTABLES_FIRST
 def test_who_is_flushed_by_hand_is_back_within_two_seconds(place: ProxyStage, mode: str) -> None:
     story = Story(place, mode, 0.1)
     with storm(place.stage.client, "10.96.0.1") as seen:
@@ -166,7 +167,7 @@ def test_who_is_flushed_by_hand_is_back_within_two_seconds(place: ProxyStage, mo
     assert story.proxy.metric("podwire_proxy_drift_total") == 1
 
 
-@MODES
+@NFTABLES_FIRST
 def test_a_backend_that_is_killed_costs_its_own_connections_until_it_is_gone(place: ProxyStage, mode: str) -> None:
     """Without draining: those sent to it are lost, those after the slice says so are not."""
     story = Story(place, mode, 0.3)

@@ -171,6 +171,7 @@ def test_a_new_process_begins_while_the_old_one_runs(place: ProxyStage) -> None:
         place.api.put(endpoints("web", host), service(f"more{turn}", 10 + turn))
         place.served("10.96.0.1", host)
     assert generation(place) > before
+    assert new.said("cannot be served") == [], "ports are shared"
     assert old.end() == 0
     until(lambda: new.healthz()[0] == 200)
     place.api.put(endpoints("web", LOCAL_2))
