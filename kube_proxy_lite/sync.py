@@ -12,7 +12,8 @@ earlier process has set up. From then on the API may be away for as long as it l
 A failed run is repeated with a look at the whole (ApplyFailed), since nobody knows then what the kernel has. What a
 balancer is told of this node's endpoints does not wait for it: that an endpoint is gone is true at once.
 Connections (`stale`) are looked at after the rules, by a runner of their own: what is cut comes back by the new rules,
-and a table of a million connections holds no rule up.
+and a table of a million connections holds no rule up. A change is no matter of theirs before the kernel has it: a look
+meanwhile, for another's sake, would cut what comes back by the old rules, and be the last.
 """
 
 from __future__ import annotations
@@ -140,6 +141,7 @@ class ServiceSync:
             noted=observer.noted,
         )
         self._plans: dict[PortKey, PortPlan] = {}
+        self._foreseen: list[tuple[Mapping[PortKey, PortPlan | None], Sequence[PortPlan]]] = []
         self._problems: tuple[Problem, ...] = ()
         self._unseen = 0
         self.health_changed: Callable[[Mapping[Key, Health | None]], None] = lambda _changed: None
@@ -175,7 +177,8 @@ class ServiceSync:
         self._unseen += len(changed)
         transactions = self._renderer.update(changed, self.services.changed_cluster_ips())
         transactions += self._reconfigure()
-        self._note_stale(changed)
+        doubted = [plan for service in self.services.left_endpoints() for plan in self.services.plans_of(service)]
+        self._foreseen.append((changed, doubted))
         self._report_problems()
         try:
             if resync or not self.synced_at:
@@ -188,6 +191,7 @@ class ServiceSync:
             self.health_changed(self.services.changed_health())
         self.synced_at = time.time()
         self.synced.set()
+        self._note_stale()
         if self._stale.in_doubt:
             self.repairer.request()
         waited = asyncio.get_running_loop().time() - self.runner.serving
@@ -204,14 +208,16 @@ class ServiceSync:
 
     # --- connections
 
-    def _note_stale(self, changed: Mapping[PortKey, PortPlan | None]) -> None:
-        for key, plan in changed.items():
-            before = self._plans.pop(key, None)
-            if plan is not None:
-                self._plans[key] = plan
-            self._stale.take(before, plan)
-        for service in self.services.left_endpoints():
-            for plan in self.services.plans_of(service):
+    def _note_stale(self) -> None:
+        """The kernel has all that was foreseen."""
+        foreseen, self._foreseen = self._foreseen, []
+        for changed, doubted in foreseen:
+            for key, plan in changed.items():
+                before = self._plans.pop(key, None)
+                if plan is not None:
+                    self._plans[key] = plan
+                self._stale.take(before, plan)
+            for plan in doubted:
                 self._stale.doubt(plan)
 
     async def _repair(self, resync: bool) -> None:
