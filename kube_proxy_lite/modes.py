@@ -123,9 +123,7 @@ def _removals(mode: Mode | None, policy: bool) -> list[Callable[[], Awaitable[No
     if shutil.which("nft"):
         found += [NftablesApplier().remove] if mode is not Mode.NFTABLES else []
         found += [PolicyApplier().remove] if not policy or mode is Mode.IPTABLES else []
-    if shutil.which(
-        "iptables-restore"
-    ):  # policies first: Services tell the backend
+    if shutil.which("iptables-restore"):  # policies first: Services tell the backend
         if shutil.which("ipset") and (not policy or mode is not Mode.IPTABLES):
             found.append(PolicyIptablesApplier().remove)
         found += [IptablesApplier().remove] if mode is not Mode.IPTABLES else []
