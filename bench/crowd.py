@@ -23,9 +23,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, closing
 from typing import Any
 
+from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import Block, ClusterConfig, Network, NodeRecord, Pool, encode
 from ipam_daemon.plan import plan_record
-from ipam_daemon.registry import ROOT, EtcdRegistry
+from ipam_daemon.registry import ROOT
 from podwire.etcd import EtcdSession
 from podwire.etcd.options import EtcdOptions
 from podwire.etcd.records import Put

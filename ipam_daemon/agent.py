@@ -26,6 +26,7 @@ import msgspec
 import podwire
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.blocks import BlockKeeper
+from ipam_daemon.claims import PoolExhausted
 from ipam_daemon.dataplane import DataPlane
 from ipam_daemon.errors import CniError, TryAgainLater
 from ipam_daemon.faults import point
@@ -34,7 +35,7 @@ from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Address, Backend, BackendType, Block, ClusterConfig, NodeRecord, Pool, decode, encode
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.plan import NodePlan, is_complete, plan_record
-from ipam_daemon.registry import PoolExhausted, Registry
+from ipam_daemon.registry import Registry
 from ipam_daemon.settings import Settings
 from ipam_daemon.supply import short_of
 from ipam_daemon.wires import Wires

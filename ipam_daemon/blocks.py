@@ -21,10 +21,11 @@ from contextlib import asynccontextmanager
 from ipam_daemon import supply
 from ipam_daemon.allocator import BlockUse
 from ipam_daemon.attachments import Attachments
+from ipam_daemon.claims import PoolExhausted
 from ipam_daemon.errors import Exhausted, TryAgainLater
 from ipam_daemon.faults import point
 from ipam_daemon.model import Block, ClusterConfig, Network, Pool
-from ipam_daemon.registry import PoolExhausted, Registry
+from ipam_daemon.registry import Registry
 from ipam_daemon.supply import Claim, Return
 from podwire.errors import TryAgain
 

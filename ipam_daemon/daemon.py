@@ -19,6 +19,7 @@ from ipam_daemon import health
 from ipam_daemon.agent import Agent
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.delqueue import DelQueue
+from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.guard import SpoofGuard
 from ipam_daemon.held import HeldFile, HeldKeeper
 from ipam_daemon.identity import boot_id, node_id
@@ -29,7 +30,6 @@ from ipam_daemon.model import Network
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.podwatch import PodWatch
 from ipam_daemon.reconcile import Reconciler
-from ipam_daemon.registry import EtcdRegistry
 from ipam_daemon.server import AgentService, CniService, end_serving, make_server
 from ipam_daemon.settings import Settings
 from ipam_daemon.status import Status

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from ipam_daemon.claims import ConfigMissing
+from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import Block, ClusterConfig, NodeRecord, Pool, encode
-from ipam_daemon.registry import ROOT, ConfigMissing, EtcdRegistry
+from ipam_daemon.registry import ROOT
 from podwire.config import ConfigError
 from podwire.etcd import AuthFailed, EtcdError, EtcdOptions, EtcdSession, EtcdUnavailable
 from podwire.etcd.records import Changes, Snapshot, Written

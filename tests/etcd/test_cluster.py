@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import Block, NodeRecord, Pool, decode
-from ipam_daemon.registry import EtcdRegistry
 from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable
 from podwire.etcd.records import Changes, Snapshot, Written
 from podwire.lab.etcd import EtcdCluster, EtcdServer

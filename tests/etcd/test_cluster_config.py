@@ -13,8 +13,8 @@ import pytest
 
 from ipam_daemon.claims import ConfigMissing, RecordDamaged
 from ipam_daemon.cluster import change_backend, read_config
+from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import Backend, BackendType, ClusterConfig, Pool
-from ipam_daemon.registry import EtcdRegistry
 from podwire.config import ConfigError
 from podwire.etcd import EtcdOptions, EtcdSession
 from podwire.lab.etcd import EtcdServer

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import Block, ClusterConfig, NodeRecord, Pool, encode
 from ipam_daemon.nodes import NodeLives, NodeUnknown, forget, list_nodes, read_registered
-from ipam_daemon.registry import EtcdRegistry
 from podwire.etcd import EtcdOptions, EtcdSession
 from podwire.lab.etcd import EtcdServer
 

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import pytest
 
+from ipam_daemon.claims import ConfigMismatch, NodeNameTaken, PoolExhausted
+from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import Backend, BackendType, ClusterConfig, NodeRecord, Pool, encode
-from ipam_daemon.registry import ROOT, ConfigMismatch, EtcdRegistry, NodeNameTaken, PoolExhausted, Registry
+from ipam_daemon.registry import ROOT, Registry
 from ipam_daemon.registry_fake import FakeRegistry, FakeStore
 from podwire.config import ConfigError
 from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable
@@ -415,7 +417,7 @@ def test_a_damaged_record_is_left_out_and_reported_once(
                 while set(await anext(watch)) != {"a", "c"}:
                     pass
 
-    with caplog.at_level(logging.ERROR, "ipam_daemon.registry"):
+    with caplog.at_level(logging.ERROR, "ipam_daemon.etcd_registry"):
         run(story())
     told = [record.getMessage().split(":")[0] for record in caplog.records]
     assert sorted(told) == ["node record 'b' is skipped", "node record 'broken' is skipped"]

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from ipam_daemon.claims import ConfigMismatch, NodeNameTaken, PoolExhausted
+from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import ClusterConfig, NodeRecord, Pool
-from ipam_daemon.registry import ConfigMismatch, EtcdRegistry, NodeNameTaken, PoolExhausted
 from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable
 from podwire.lab.etcd import EtcdServer
 
@@ -87,7 +88,8 @@ def test_of_twenty_machines_that_enter_at_once_one_gets_the_name(server: EtcdSer
 
 
 @pytest.mark.fault("the answer to a claim is lost", promises=("the block is found again",))
-def test_a_claim_whose_answer_was_lost_is_found_again(server: EtcdServer, prefix: str, run: Run) -> None:
+@pytest.mark.parametrize("broken", [True, False], ids=["the connection broke", "an ADD waited no longer"])
+def test_a_claim_whose_answer_was_lost_is_found_again(server: EtcdServer, prefix: str, run: Run, broken: bool) -> None:
     async def story() -> None:
         async with connect(server.endpoint) as etcd:
             registry = EtcdRegistry(etcd, root=prefix)
@@ -95,11 +97,13 @@ def test_a_claim_whose_answer_was_lost_is_found_again(server: EtcdServer, prefix
 
             async def carried_out_but_unheard(*arguments: Any) -> Any:
                 await txn(*arguments)
-                raise EtcdUnavailable("the connection broke")
+                if broken:
+                    raise EtcdUnavailable("the connection broke")
+                await asyncio.sleep(3600)
 
             etcd.txn = carried_out_but_unheard  # type: ignore[method-assign, assignment]
-            with pytest.raises(EtcdUnavailable):
-                await registry.claim_block(POOL, "a", "id", 1)
+            with pytest.raises(EtcdUnavailable if broken else TimeoutError):
+                await asyncio.wait_for(registry.claim_block(POOL, "a", "id", 1), 2)
             etcd.txn = txn  # type: ignore[method-assign]
             block = await registry.claim_block(POOL, "a", "id", 1)
             assert await registry.load_blocks("a") == (block,), "one block, not two"

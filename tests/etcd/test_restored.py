@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import pytest
 
+from ipam_daemon.claims import StoreRestored
+from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import Block, ClusterConfig, NodeRecord, Pool
-from ipam_daemon.registry import EtcdRegistry, Registry, StoreRestored
+from ipam_daemon.registry import Registry
 from ipam_daemon.registry_fake import FakeRegistry, FakeStore
 from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable
 from podwire.lab.etcd import EtcdServer

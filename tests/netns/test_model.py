@@ -29,6 +29,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ipam_daemon import faults
 from ipam_daemon.agent import Agent
 from ipam_daemon.blocks import BlockKeeper
+from ipam_daemon.claims import PoolExhausted
 from ipam_daemon.cni import NetworkConfig, ValidAttachment
 from ipam_daemon.devices import Devices
 from ipam_daemon.errors import CniError, DeletedMeanwhile, Exhausted, InterfaceExists, TryAgainLater
@@ -36,7 +37,6 @@ from ipam_daemon.faults import point
 from ipam_daemon.held import HeldFile, HeldKeeper
 from ipam_daemon.identity import boottime_ns
 from ipam_daemon.model import AttachmentState, Block, ClusterConfig, Pool
-from ipam_daemon.registry import PoolExhausted
 from ipam_daemon.registry_fake import FakeRegistry, FakeStore
 from ipam_daemon.settings import Settings
 from podwire.errors import TryAgain

@@ -14,9 +14,9 @@ from ipam_daemon.errors import (
     Exhausted,
     InterfaceExists,
 )
+from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import PodRef, Pool
 from ipam_daemon.plan import gateways, plan_attachment
-from ipam_daemon.registry import EtcdRegistry
 from ipam_daemon.settings import Settings
 from podwire.etcd.options import EtcdOptions
 from podwire.etcd.session import EtcdSession
