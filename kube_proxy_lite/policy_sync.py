@@ -6,7 +6,9 @@
        └── settled ──────────────────────────────┘
                                         └── connections that a change forbids are cut
 
-Nothing is rendered before every source has said what there is: until then what an earlier process has left stands. A
+Nothing is rendered before every source has said what there is: until then what an earlier process has left stands. The
+daemon is such a source, for `_HEARING` seconds, where there is one: a pod that has just started has its address from it
+alone, and without the node's blocks an address that nobody knows would be open. A
 pod that the daemon attaches is settled by the run that has its policies, or, when the API has not shown it for
 `patience` seconds, as it is: closed, if there is any policy at all.
 
@@ -39,6 +41,7 @@ from podwire.kube.kinds import NAMESPACES, NETWORK_POLICIES, PODS, Wanted
 from podwire.runner import Runner
 
 log = logging.getLogger(__name__)
+_HEARING = 5.0
 _AT_ONCE = 100  # judgements before others have their turn: 10 ms where a pod has a hundred policies
 
 
@@ -58,8 +61,10 @@ class PolicySync:
         patience: float = 2.0,
         cut: bool = True,
         own_addresses: Callable[[], Collection[Address]] = tuple,
+        has_daemon: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`period`: seconds between two looks at the whole; `own_addresses` are the node's."""
+        """`period`: seconds between two looks at the whole; `own_addresses` are the node's; `has_daemon` says whether
+        there is a daemon to hear of."""
         self.policies = policies
         self.runner = Runner("bringing policies to the kernel", self._run, max_interval=period)
         self.repairer = Runner("looking at connections", self._repair, max_interval=3600.0, min_interval=0.25)
@@ -78,6 +83,8 @@ class PolicySync:
         self._patience = patience
         self._cut = cut
         self._own_addresses = own_addresses
+        self._has_daemon = has_daemon
+        self._heard = asyncio.Event()
         self.intake = Intake(
             dict(
                 (
@@ -127,6 +134,8 @@ class PolicySync:
             self._unsettled[pod.number] = deadline
             self.policies.attach(pod.key, pod.uid, pod.addresses)
         self._detach(former)
+        if everything:
+            self._heard.set()
         self._request()
 
     def gone(self, numbers: Iterable[int]) -> None:
@@ -176,7 +185,18 @@ class PolicySync:
 
     # --- the kernel
 
+    async def _hear_daemon(self) -> None:
+        """Waits until the daemon has said which pods and blocks are the node's."""
+        try:
+            async with asyncio.timeout(_HEARING if self._has_daemon() else 0):
+                await self._heard.wait()
+        except TimeoutError:
+            if self._has_daemon():
+                log.warning("the daemon has not said in %g s which pods are attached; going on without", _HEARING)
+
     async def _run(self, resync: bool) -> None:
+        if not self.synced_at:
+            await self._hear_daemon()
         began = time.perf_counter()
         shown = [number for number in self._unsettled if self._is_shown(number)]
         facts = self.policies.drain()

@@ -100,6 +100,7 @@ class Proxy:
             period=self._config.sync_period,
             cut=self._config.cut_connections,
             own_addresses=own_addresses,
+            has_daemon=Path(self._config.daemon_socket).exists,
         )
 
     async def run(self, stopped: asyncio.Event) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 import msgspec
+import pytest
 
+from kube_proxy_lite import policy_sync
 from kube_proxy_lite.attached import Attached
 from kube_proxy_lite.policy.policies import Policies
 from kube_proxy_lite.policy_sync import PolicySync
@@ -344,6 +346,30 @@ def test_connections_go_on_where_cutting_is_off() -> None:
         assert len(stage.connections.table) == 1
 
     play(story, cut=False)
+
+
+def test_where_there_is_a_daemon_nothing_is_rendered_before_it_has_said_who_is_attached() -> None:
+    async def story(stage: Stage) -> None:
+        stage.sync._has_daemon = lambda: True
+        stage.say(*BASE, policy("x/deny"))
+        await a_moment()
+        assert stage.kernel.scripts == []
+        stage.attach(1, "x/a", everything=True)
+        await until(lambda: stage.settled == [1])
+        assert "10.244.0.99 : goto in_" in stage.kernel.text
+
+    play(story)
+
+
+def test_a_daemon_that_does_not_say_so_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_sync, "_HEARING", 0.2)
+
+    async def story(stage: Stage) -> None:
+        stage.sync._has_daemon = lambda: True
+        stage.say(*BASE, policy("x/deny"))
+        await until(lambda: stage.sync.synced)
+
+    play(story)
 
 
 def test_every_kind_that_is_followed_has_its_door() -> None:
