@@ -151,3 +151,14 @@ def on_node(lab: LabState, node_name: str, *command: str) -> subprocess.Complete
     """Runs a command on the node."""
     words: Sequence[str] = [*node.enter_command(lab, node_name), *command]
     return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def nothing_is_held(lab: LabState, node_name: str) -> bool:
+    """No address is used or releasing, no wire is there."""
+    blocks = status(lab, node_name).blocks
+    return not any(block.used or block.releasing for block in blocks) and not pod_links(lab, node_name)
+
+
+def wait(condition: Callable[[], bool], what: str) -> None:
+    """Waits until a condition holds. Raises PodwireError that names `what`."""
+    process.wait_for(condition, PATIENCE, what)

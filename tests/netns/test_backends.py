@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -20,7 +20,7 @@ from podwire.errors import PodwireError
 from podwire.lab import cluster, demo, names, node, process, topology
 from podwire.lab.state import LabState, plan_nodes
 from podwire.lab.talk import ask
-from tests.netns.containers import Container, containers, on_node, pod_links, status
+from tests.netns.containers import Container, containers, nothing_is_held, on_node, pod_links, status, wait
 from tests.netns.traffic import Pings, traffic
 
 POD_CIDR = "10.244.0.0/16,fd00:10:244::/56"
@@ -34,15 +34,6 @@ def lab() -> Iterator[LabState]:
         yield cluster.up(state)
     finally:
         cluster.down(state.name)
-
-
-def wait(condition: Callable[[], bool], what: str) -> None:
-    process.wait_for(condition, PATIENCE, what)
-
-
-def nothing_is_held(lab: LabState, name: str) -> bool:
-    blocks = status(lab, name).blocks
-    return not any(block.used or block.releasing for block in blocks) and not pod_links(lab, name)
 
 
 class Pair:

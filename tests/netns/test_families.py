@@ -7,7 +7,7 @@ the same rows for the others.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from uuid import uuid4
 
@@ -15,9 +15,9 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from podwire.lab import cluster, demo, process
+from podwire.lab import cluster, demo
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import Container, containers, on_node, pod_links, status
+from tests.netns.containers import Container, containers, nothing_is_held, on_node, status, wait
 from tests.netns.lab_fixtures import Pods
 
 V4, V6 = "10.244.0.0/16", "fd00:10:244::/56"
@@ -57,15 +57,6 @@ def lab(case: Case) -> Iterator[LabState]:
         yield cluster.up(state)
     finally:
         cluster.down(state.name)
-
-
-def wait(condition: Callable[[], bool], what: str) -> None:
-    process.wait_for(condition, PATIENCE, what)
-
-
-def nothing_is_held(lab: LabState, name: str) -> bool:
-    blocks = status(lab, name).blocks
-    return not any(block.used or block.releasing for block in blocks) and not pod_links(lab, name)
 
 
 def test_everybody_reaches_everybody_under_the_address_that_is_right(lab: LabState) -> None:

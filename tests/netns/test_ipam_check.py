@@ -19,9 +19,9 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from podwire.lab import cluster, node, process
+from podwire.lab import cluster, node
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import WHOLE, Container, containers, on_node, pod_links, status
+from tests.netns.containers import WHOLE, Container, containers, nothing_is_held, on_node, status, wait
 
 PATIENCE = 30.0
 PODWIRE = (sys.executable, "-m", "podwire.cli.main")
@@ -44,10 +44,6 @@ def lab() -> Iterator[LabState]:
         yield lab
     finally:
         cluster.down(state.name)
-
-
-def wait(condition: Any, what: str) -> None:
-    process.wait_for(condition, PATIENCE, what)
 
 
 class Check:
@@ -108,11 +104,6 @@ def host_end(lab: LabState, name: str, box: Container) -> str:
 
 def used(lab: LabState, name: str) -> int:
     return sum(block.used for block in status(lab, name).blocks)
-
-
-def nothing_is_held(lab: LabState, name: str) -> bool:
-    blocks = status(lab, name).blocks
-    return not any(block.used or block.releasing for block in blocks) and not pod_links(lab, name)
 
 
 # --- what somebody does to the kernel ---------------------------------------------------------------------------------

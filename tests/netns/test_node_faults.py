@@ -19,7 +19,7 @@ import yaml
 
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import add_again, at_once, containers, on_node, pod_links, status
+from tests.netns.containers import add_again, at_once, containers, nothing_is_held, on_node, pod_links, status, wait
 from tests.netns.traffic import Pings, traffic
 
 PATIENCE = 30.0
@@ -34,16 +34,6 @@ def lab() -> Iterator[LabState]:
         yield cluster.up(state)
     finally:
         cluster.down(state.name)
-
-
-def wait(condition: Callable[[], bool], what: str) -> None:
-    process.wait_for(condition, PATIENCE, what)
-
-
-def nothing_is_held(lab: LabState, name: str) -> bool:
-    """No address is used or releasing, no wire is there."""
-    blocks = status(lab, name).blocks
-    return not any(block.used or block.releasing for block in blocks) and not pod_links(lab, name)
 
 
 def restart(lab: LabState, name: str) -> None:
