@@ -15,8 +15,8 @@ Facts are a flat mapping, so that whoever renders them needs no diff of its own.
     Address                 this address is a local pod's, who is known (True)
 
 An address belongs to one pod, of several that claim it to the one that was created last: a late DELETE of the former
-owner changes nothing. What the node's daemon says goes before the API's status: it has given the address out
-(`attach`), and says so before the API has heard of it.
+owner changes nothing. What the node's daemon says goes before the API's status, be it of another pod: it has given the
+address out (`attach`), and says so before the API has heard of it.
 """
 
 from __future__ import annotations
@@ -147,8 +147,10 @@ class Policies:
 
     def owner(self, address: Address) -> PodFacts | None:
         """The pod that has `address`, None when nobody is known to."""
-        uids = self._claims.get(address)
-        return max((self._pods[uid] for uid in uids), key=lambda pod: pod.order) if uids else None
+        pods = [self._pods[uid] for uid in self._claims.get(address, ())]
+        if len(pods) > 1:
+            return max(pods, key=lambda pod: (address in self._given(pod), pod.order))
+        return pods[0] if pods else None
 
     def pod(self, key: ObjectKey) -> PodFacts | None:
         """The pod (namespace, name), when it takes part in the network."""
@@ -211,9 +213,13 @@ class Policies:
         if uid is not None:
             self._claim(uid)
 
-    def _wanted_addresses(self, pod: PodFacts) -> tuple[Address, ...]:
+    def _given(self, pod: PodFacts) -> tuple[Address, ...]:
+        """The addresses that the node's daemon has given to a pod."""
         uid, addresses = self._attached.get((pod.namespace, pod.name), ("", ()))
-        return addresses if addresses and (not uid or uid in pod.uids) else pod.addresses
+        return addresses if not uid or uid in pod.uids else ()
+
+    def _wanted_addresses(self, pod: PodFacts) -> tuple[Address, ...]:
+        return self._given(pod) or pod.addresses
 
     def _remove_pod(self, uid: str) -> None:
         pod = self._pods.pop(uid)

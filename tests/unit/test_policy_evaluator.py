@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 import itertools
 from typing import Any
 
@@ -13,7 +14,7 @@ from kube_proxy_lite.policy.evaluate import judge
 from kube_proxy_lite.policy.model import Flow
 from kube_proxy_lite.policy.policies import Policies
 from podwire.kube import objects
-from tests.policy_cases import BASE, CASES, NAMESPACES, PODS, PORTS, PROTOCOLS, Manifest, Step, at, policy
+from tests.policy_cases import BASE, CASES, NAMESPACES, PODS, PORTS, PROTOCOLS, Manifest, Step, at, pod, policy
 from tests.policy_oracle import World
 
 KINDS: dict[str, Any] = {
@@ -176,3 +177,22 @@ def test_a_pod_and_its_own_node_always_reach_each_other_and_others_do_not() -> N
         ("out", "172.31.0.11"): True,
         ("out", "172.31.0.12"): False,
     }
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_an_address_is_whose_the_daemon_says_whoever_was_created_later(attached_first: bool) -> None:
+    """A pod that waited long for its node has the address of a younger one that is gone, but not from the API yet."""
+    _, policies = started()
+    put(policies, policy("x/deny", select={"pod": "a"}))
+    younger = pod("x/b")
+    younger["metadata"]["creationTimestamp"] = "2026-02-01T00:00:00Z"
+    younger["status"] = {"phase": "Running", "podIP": at("x/a")}
+    changes: list[Callable[[], None]] = [
+        lambda: policies.attach(("x", "a"), "uid-x-a", (ipaddress.ip_address(at("x/a")),)),
+        lambda: put(policies, younger),
+    ]
+    for change in changes if attached_first else reversed(changes):
+        change()
+    assert not judge(policies, flow(at("y/b"), at("x/a"), "TCP", 80)).allowed
+    policies.detach(("x", "a"))
+    assert judge(policies, flow(at("y/b"), at("x/a"), "TCP", 80)).allowed
