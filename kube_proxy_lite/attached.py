@@ -101,12 +101,13 @@ class AttachedPods:
             await asyncio.sleep(pauses.next())
 
     async def _requests(self, turn: int) -> AsyncIterator[policy_pb2.WatchPodsRequest]:
-        """What is said on one connection. gRPC goes on asking for it after its end: then nothing must be taken."""
+        """What is said on one connection. gRPC goes on asking for it after its end: then nothing must be taken, and no
+        news be cleared, which are the next connection's."""
         while turn == self._turn:
+            self._news.clear()
             settled, self._settled = self._settled, []
             yield policy_pb2.WatchPodsRequest(synced=self._synced(), settled=settled)
             await self._news.wait()
-            self._news.clear()
 
     def _take(self, message: policy_pb2.WatchPodsResponse) -> None:
         self._follower.blocks(frozenset(ipaddress.ip_network(block) for block in message.blocks))

@@ -343,3 +343,25 @@ def test_a_block_that_was_returned_is_told_at_once(tmp_path: Path) -> None:
         await proxy.end()
 
     play(tmp_path, story)
+
+
+def test_a_connection_that_has_ended_takes_no_news_from_the_next(tmp_path: Path) -> None:
+    """gRPC asks for requests of a connection after its end. Whoever asks first must not leave the other without."""
+
+    async def story() -> None:
+        client = Proxy(tmp_path / "nobody")
+        await client.end()
+        client.client._turn = 1
+        former = client.client._requests(1)
+        await anext(former)
+        waiting = asyncio.create_task(anext(former, None))
+        await asyncio.sleep(0)
+        client.client._turn = 2
+        current = client.client._requests(2)
+        await anext(current)  # is being sent when the pod is settled
+        client.client.settle([7])
+        assert await waiting is None
+        async with asyncio.timeout(PATIENCE):
+            assert list((await anext(current)).settled) == [7]
+
+    asyncio.run(story())
