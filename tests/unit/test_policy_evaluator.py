@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
