@@ -286,7 +286,8 @@ class Cluster:
         )
 
     def translate_service(self, place: Place, wish: PortWish, client: Place, source: Source) -> list[Translation]:
-        """What becomes of connections to a Service: one a family that client and Service have. Raises NoSuchPlace."""
+        """What becomes of connections to a Service: one a family that client and Service have. By its name a Service is
+        asked for at its ClusterIPs, as DNS says it; by another address of it at that. Raises NoSuchPlace."""
         service = self._services[place.key]
         ports = [
             port
@@ -303,7 +304,8 @@ class Cluster:
             )
             raise NoSuchPlace(f"Service {place.name} has no port {wish}; its ports: {known}")
         found = []
-        for address in place.addresses:
+        cluster_ips = {_address(text) for text in service.spec.cluster_ips or (service.spec.cluster_ip,)}
+        for address in [each for each in place.addresses if each in cluster_ips] or place.addresses:
             own = client.of(address.version)
             if own is not None:
                 made = self.translate(address, ports[0].protocol, ports[0].port, own, source)

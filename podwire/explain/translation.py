@@ -173,11 +173,14 @@ def _by_iptables(node: str, made: Translation, protocol: Protocol) -> Steps[Find
         text = f"the kernel of {node} has no rules for Services"
         return fails(text, _PROXY.format(node=node), reading)
     address, port = f"-d {made.address}/{made.address.max_prefixlen} ", f"--dport {made.port} "
+    is_node_port = made.frontend is not None and made.frontend.kind is FrontendKind.NODE_PORT
+    at_node = set(_reached(chains, ["KUBE-NODEPORTS"] if is_node_port else []))
     places = [
         line
         for name in _reached(chains, ["PREROUTING"])
         for line in chains[name]
-        if port in line and (address in line or name == "KUBE-NODEPORTS") and _target(line) != "KUBE-MARK-MASQ"
+        if port in line and f"-p {protocol.lower()} " in line and (address in line or name in at_node)
+        if not _target(line).startswith("KUBE-MARK-")
     ]
     if not places:
         text = f"no rule of {node} that packets of pods meet names {made.address} {protocol} {made.port}"

@@ -204,6 +204,93 @@ def test_a_node_without_rules_for_services() -> None:
     assert hop.findings[-1].text == "the kernel of node1 has no rules for Services"
 
 
+BALANCED = {
+    "apiVersion": "v1",
+    "kind": "Service",
+    "metadata": {"name": "front", "namespace": "shop"},
+    "spec": {
+        "type": "LoadBalancer",
+        "clusterIP": "10.96.0.77",
+        "clusterIPs": ["10.96.0.77"],
+        "loadBalancerSourceRanges": ["192.0.2.0/24"],
+        "selector": {"app": "db"},
+        "ports": [{"port": 80, "targetPort": 5432, "nodePort": 30080}],
+    },
+    "status": {"loadBalancer": {"ingress": [{"ip": "198.51.100.7"}]}},
+}
+NODE = {
+    "apiVersion": "v1",
+    "kind": "Node",
+    "metadata": {"name": "node2"},
+    "status": {"addresses": [{"type": "InternalIP", "address": "172.31.0.12"}]},
+}
+
+
+def test_the_name_of_a_service_is_its_cluster_ip() -> None:
+    """What a balancer's address would do is another question, and is asked by that address."""
+    cluster = Cluster(read_objects([*SHOP, BALANCED]))
+    client = cluster.place("shop/web-1")
+
+    def asked(words: str) -> list[tuple[str, str]]:
+        found = cluster.translate_service(cluster.place(words), PortWish(number=80), client, _pod())
+        return [(str(each.address), each.decision.verdict.value) for each in found]
+
+    assert asked("svc/shop/front") == [("10.96.0.77", "forward")]
+    assert asked("198.51.100.7") == [("198.51.100.7", "drop")]
+
+
+TO_DB = "-A KUBE-SEP-1 -p tcp -m tcp -j DNAT --to-destination 10.244.0.12:5432"
+PORTS = """:PREROUTING ACCEPT [0:0]
+:KUBE-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-PORT-A - [0:0]
+:KUBE-EXT-1 - [0:0]
+:KUBE-SEP-1 - [0:0]
+-A PREROUTING -j KUBE-SERVICES
+-A KUBE-SERVICES ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+"""
+BY_IPTABLES: dict[str, tuple[str, State, str]] = {
+    "in a chain of a range of ports": (
+        "-A KUBE-NODEPORTS -p tcp -m tcp --dport 28672:32767 -g KUBE-PORT-A\n"
+        f"-A KUBE-PORT-A -p tcp -m tcp --dport 30080 -j KUBE-EXT-1\n-A KUBE-EXT-1 -j KUBE-SEP-1\n{TO_DB}\n",
+        State.OK,
+        "iptables: chain KUBE-EXT-1",
+    ),
+    "in the chain of all ports": (
+        f"-A KUBE-NODEPORTS -p tcp -m tcp --dport 30080 -j KUBE-EXT-1\n-A KUBE-EXT-1 -j KUBE-SEP-1\n{TO_DB}\n",
+        State.OK,
+        "iptables: chain KUBE-EXT-1",
+    ),
+    "a port that only begins alike": (
+        f"-A KUBE-NODEPORTS -p tcp -m tcp --dport 300800 -j KUBE-EXT-1\n-A KUBE-EXT-1 -j KUBE-SEP-1\n{TO_DB}\n",
+        State.FAILS,
+        "no rule of node2 that packets of pods meet names 172.31.0.12 TCP 30080",
+    ),
+    "of another protocol": (
+        f"-A KUBE-NODEPORTS -p udp -m udp --dport 30080 -j KUBE-EXT-1\n-A KUBE-EXT-1 -j KUBE-SEP-1\n{TO_DB}\n",
+        State.FAILS,
+        "no rule of node2 that packets of pods meet names 172.31.0.12 TCP 30080",
+    ),
+    "without the endpoint": (
+        "-A KUBE-NODEPORTS -p tcp -m tcp --dport 30080 -j KUBE-EXT-1\n",
+        State.FAILS,
+        "the rules of node2 for it do not lead to 10.244.0.12:5432",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rules", "state", "words"), BY_IPTABLES.values(), ids=BY_IPTABLES.keys())
+def test_a_node_port_in_iptables(rules: str, state: State, words: str) -> None:
+    cluster = Cluster(read_objects([*SHOP, BALANCED, NODE]))
+    client = cluster.place("shop/web-1").of(4)
+    assert client is not None
+    made = cluster.translate(ipaddress.ip_address("172.31.0.12"), "TCP", 30080, client, _pod())
+    assert made is not None
+    said = {"nft": NO, "iptables-save": PORTS + rules}
+    hop = run(translation.service(cluster, "node2", made, client), Canned(said))
+    assert (hop.state, hop.findings[-1].text.partition(", and there")[0]) == (state, words)
+
+
 def _pod() -> Any:
     from kube_proxy_lite.model import Source
 
