@@ -417,7 +417,8 @@ class Agent:
                 delay, resync = min(2 * delay, _LAST_RETRY), True
                 continue
             try:
-                await asyncio.wait_for(self._changed.wait(), due - clock())
+                async with asyncio.timeout_at(due):  # Python 3.11's wait_for may lose the cancellation that ends us
+                    await self._changed.wait()
             except TimeoutError:
                 resync = True
                 self._remember(_SEEN, self._registry.seen())

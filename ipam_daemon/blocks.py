@@ -93,7 +93,8 @@ class BlockKeeper:
         await self._joined.wait()
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._attachments.addresses.allocated.wait(), _ROUND)
+                async with asyncio.timeout(_ROUND):
+                    await self._attachments.addresses.allocated.wait()
             self._attachments.addresses.allocated.clear()
             try:
                 async with self._lock:
@@ -107,7 +108,8 @@ class BlockKeeper:
         if not self._joined.is_set():
             raise TryAgainLater(f"{shortage}; this node has not joined the cluster yet, and so cannot claim a block")
         try:
-            await asyncio.wait_for(self._claim_for_add(), _PATIENCE)
+            async with asyncio.timeout(_PATIENCE):
+                await self._claim_for_add()
         except PoolExhausted as error:
             raise Exhausted(f"{shortage}; {error}") from error
         except (TimeoutError, TryAgain) as error:

@@ -58,11 +58,14 @@ async def run_nft(*command: str, stdin: str = "") -> str:
     except OSError as error:
         raise PlumbingFailed(f"{command[0]} cannot be run: {error.strerror}") from error
     try:
-        out, err = await asyncio.wait_for(process.communicate(stdin.encode()), _NFT_SECONDS)
+        async with asyncio.timeout(_NFT_SECONDS):
+            out, err = await process.communicate(stdin.encode())
     except TimeoutError as error:
-        process.kill()
-        await process.wait()
         raise PlumbingFailed(f"nft gave no answer within {_NFT_SECONDS:g} s") from error
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     if process.returncode != 0:
         raise PlumbingFailed(f"{' '.join(command)}: {' '.join(err.decode().split())}")
     return out.decode()
