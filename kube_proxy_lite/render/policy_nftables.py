@@ -13,9 +13,12 @@ is masqueraded. What a node sends to or gets from its own pods passes `output` a
 side, so a new connection costs the same with ten pods as with a thousand; then it goes through the rules of its class.
 Packets of established connections meet one rule a side.
 
-    @local4 ∌ @known4 ──▶ drop     an address of this node's blocks that no known pod has; while there is any policy
+    @local4 ∌ @known4 ──▶ drop     an address of this node's blocks that no known pod has; while there is any policy.
+                                   Before the class is looked up: a packet may pass while a transaction is committed,
+                                   and one that found no class yet must not find its pod known afterwards
     @isolated4         ──▶ drop    TCP to or from an isolated pod that begins without SYN: a connection that was cut
                                    would be taken up again from its other end
+    @self4             ──▶ accept  a pod that comes to itself by way of a Service
 
 Sets and chains are named by their content (policy.model.digest), so that what is the same need not be compared, and a
 restart finds what it left. A change is one transaction, seen at once or not at all: members, chains, and which pod is
@@ -31,7 +34,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from kube_proxy_lite.model import Network, Protocol
+from kube_proxy_lite.model import Address, Network, Protocol
 from kube_proxy_lite.policy.membership import Fact, Value
 from kube_proxy_lite.policy.model import (
     LAST_PORT,
@@ -86,6 +89,7 @@ def static() -> Static:
         sets[f"local{version}"] = Definition("set", f"type {kind}; flags interval;")
         for name in ("known", "isolated"):
             sets[f"{name}{version}"] = Definition("set", f"type {kind};")
+        sets[f"self{version}"] = Definition("set", f"type {kind} . {kind};")
         for way in Direction:
             sets[f"{way.value}{version}"] = Definition("map", f"type {kind} : verdict;")
     chains = {
@@ -100,10 +104,11 @@ def _base_rules(way: Direction) -> Iterator[str]:
     yield "ct state established,related accept"
     yield _NEIGHBOURS
     for version, ip in _IP.items():
+        yield f"{ip} saddr . {ip} daddr @self{version} accept"
         own = f"{ip} {_SELF[way]}"
         yield f"{own} @isolated{version} tcp flags & (fin | syn | rst | ack) != syn counter drop"
+        yield f"{own} != @known{version} {own} @local{version} counter drop"
         yield f"{own} vmap @{way.value}{version}"
-        yield f"{own} @local{version} {own} != @known{version} counter drop"
 
 
 # --- what policies make ---------------------------------------------------------------------------------------------
@@ -123,6 +128,10 @@ class Words:
     def member(self, key: SetKey, member: Member) -> str:  # noqa: ARG002
         """See policy_sets.Words."""
         return f"{member[0]} . {member[1]}" if isinstance(member, tuple) else str(member)
+
+    def to_itself(self, address: Address) -> str:
+        """See policy_sets.Words."""
+        return f"{address} . {address}"
 
     def network(self, network: Network) -> tuple[str, ...]:
         """See policy_sets.Words; nft writes a single address without its length."""
