@@ -263,10 +263,9 @@ class _Family:
 
     def all_moves(self) -> Iterable[Move]:
         """Every address that is dispatched, or should be."""
-        make = ipaddress.IPv4Address if self._version == 4 else ipaddress.IPv6Address
         for way, tree in self._trees.items():
             wanted = (each for each in self._state.class_of[way] if each.version == self._version)
-            yield from ((way, address) for address in dict.fromkeys((*wanted, *map(make, tree.targets))))
+            yield from ((way, address) for address in dict.fromkeys((*wanted, *tree.addresses())))
 
     def change(
         self, moved: list[Move], held: set[Move], classes: list[str], *, whole: bool

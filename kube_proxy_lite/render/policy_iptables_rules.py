@@ -12,14 +12,15 @@ accept would never come to a rule of ours. In mangle we are alone, after Service
 and before anything is masqueraded (nat POSTROUTING); what passes here still has to pass filter.
 
 Chains are reached by `-g`, so "back" from a class is to the line after the tree. A tree (iptables_tree) divides the
-addresses of the node's isolated pods by four bits at a time: a new connection meets 16 rules a level and side, two
-levels for a /24, whether there are ten classes or a thousand. Packets of established connections meet one rule.
+addresses of the node's isolated pods by four bits at a time: a new connection meets 16 rules a level and side (32
+at the last), two levels for a /24, whether there are ten classes or a thousand. Packets of established connections meet
+one rule.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from kube_proxy_lite.model import Address, Protocol
 from kube_proxy_lite.policy.model import LAST_PORT, ClassRule, Direction, PolicyClass, PortedPodSet
@@ -147,9 +148,14 @@ class PodTree(Tree):
             self.add(key)
         self.targets[key] = target
 
+    def addresses(self) -> Iterator[Address]:
+        """Those that are dispatched."""
+        yield from map(self._address, self.targets)
+
     def rules(self, key: int) -> Rules:
-        """The rule of one pod."""
-        return (f"{self.match(key, self.width)}-g {self.targets[key]}",)
+        """The rules of one pod: what comes from itself, by way of a Service, passes."""
+        host = f"{address_text(self._address(key))}/{self.width}"
+        return (f"-s {host} -d {host} -j RETURN", f"{self.match(key, self.width)}-g {self.targets[key]}")
 
     def chain(self, prefix: int, length: int) -> str:
         """See iptables_tree.Tree."""
@@ -161,11 +167,12 @@ class PodTree(Tree):
             return ""
         return f"{_SELF[self._way]} {address_text(self._address(prefix << self.width - length))}/{length} "
 
-    def all_chains(self, touched: set[int] | None = None) -> Chains:
+    def all_chains(self, touched: Collection[int] | None = None) -> Chains:
         """The tree's chains and its root; given `touched`, those that one of these keys can have changed."""
         root = self.root()
-        entry = () if root is None else (f"{root[0]}-g {root[1]}",)
-        return {**self.chains(touched), ROOTS[self._way]: entry}
+        found = {name: made if isinstance(made, tuple) else made() for name, made in self.chains(touched).items()}
+        found[ROOTS[self._way]] = () if root is None else (f"{root[0]}-g {root[1]}",)
+        return found
 
 
 def read_tree(chains: Chains, way: Direction, version: int) -> dict[Address, str]:

@@ -34,7 +34,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from kube_proxy_lite.model import Address, Network, Protocol
+from kube_proxy_lite.model import Network, Protocol
 from kube_proxy_lite.policy.membership import Fact, Value
 from kube_proxy_lite.policy.model import (
     LAST_PORT,
@@ -129,10 +129,6 @@ class Words:
         """See policy_sets.Words."""
         return f"{member[0]} . {member[1]}" if isinstance(member, tuple) else str(member)
 
-    def to_itself(self, address: Address) -> str:
-        """See policy_sets.Words."""
-        return f"{address} . {address}"
-
     def network(self, network: Network) -> tuple[str, ...]:
         """See policy_sets.Words; nft writes a single address without its length."""
         return (str(network.network_address) if network.num_addresses == 1 else str(network),)
@@ -214,6 +210,8 @@ class PolicyRenderer:
             found = self._state.class_of[way].get(address)
             target = f"goto {class_name(found)}" if found else None
             self._state.put(f"{way.value}{address.version}", str(address), target, touched)
+            isolated = str(address) in self._state.elements[f"isolated{address.version}"]
+            self._state.put(f"self{address.version}", f"{address} . {address}", "" if isolated else None, touched)
 
     # --- scripts
 

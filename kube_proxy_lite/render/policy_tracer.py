@@ -52,6 +52,7 @@ _NFT = tuple(
         ("old", r"ct state established,related "),
         ("neighbour", r"icmpv6 type \{ [a-z0-9, -]+ \} "),
         ("flags", r"tcp flags & \(fin \| syn \| rst \| ack\) != syn "),
+        ("pair", r"(ip6?) ([s])addr \. ip6? daddr @(\w+) "),
         ("ported", r"(ip6?) ([sd])addr \. (tcp|udp|sctp) dport @(\w+) "),
         ("member", r"(ip6?) ([sd])addr (!= )?@(\w+) "),
         ("protocol", r"meta l4proto (tcp|udp|sctp) "),
@@ -106,6 +107,8 @@ class _Nftables:
         address = self._address(found[1], found[2])
         if address is None:
             return False
+        if name == "pair":
+            return f"{address} . {self._flow.destination}" in self._table.sets[found[3]]
         if name == "ported":
             key = f"{address} . {self._flow.port}"
             return self._protocol(found[3]) and key in self._table.sets[found[4]]

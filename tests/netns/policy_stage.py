@@ -113,7 +113,7 @@ class PolicyStage:
             ["peer", "name", "eth0", "netns", self.name(name)],
         )
         _run(*own, "type", "veth", *peer)
-        self._ip(node, f"link set {name} master br0 up")
+        self._ip(node, f"link set {name} master br0 up", f"link set {name} type bridge_slave hairpin on")
         self._ip(
             name,
             f"addr add {address(home, pod)}/24 dev eth0",
@@ -177,7 +177,8 @@ class Enforcement:
 
     def drift(self, node: str) -> tuple[Any, ...]:
         """What a look at the kernel finds to be done."""
-        return self._renderers[node].resync(self._stage.wait(self._appliers[node].read()))
+        found: tuple[Any, ...] = self._renderers[node].resync(self._stage.wait(self._appliers[node].read()))
+        return found
 
     def _update(self, node: str) -> tuple[Any, ...]:
         policies = self._policies[node]

@@ -287,3 +287,11 @@ def test_a_service_is_its_endpoints(place: Place, asked: Manifest, passes: bool)
     until(lambda: connects(place, "x/a"))
     place.put(*service(), asked)
     assert connects(place, "x/a", PATIENCE if passes else MOMENT) is passes
+
+
+def test_a_pod_comes_to_itself_by_way_of_a_service(place: Place) -> None:
+    place.put(*service())
+    until(lambda: connects(place, "z/a"))
+    place.put(*service(), policy("z/deny", policyTypes=["Ingress", "Egress"]))
+    assert connects(place, "z/a", PATIENCE)
+    assert not connects(place, "z/b")
