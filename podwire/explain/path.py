@@ -56,6 +56,7 @@ class _Way(msgspec.Struct, frozen=True, kw_only=True):
     source: Place
     own: Address
     mtu: int = 0
+    masqueraded: bool = False
 
     def node(self, name: str) -> NodeFacts:
         return self.nodes.get(name) or NodeFacts(name=name)
@@ -148,6 +149,7 @@ def _endpoints(journey: _Way, made: Translation, protocol: Protocol) -> Steps[tu
     """The hops to the first endpoint that fails, else to the first; and the endpoints that are in order besides."""
     first: tuple[list[Hop], str] | None = None
     good: list[str] = []
+    journey = msgspec.structs.replace(journey, masqueraded=made.decision.masquerade)
     for backend in made.decision.backends[:_ENDPOINTS]:
         hops = yield from _flow(journey, backend.address, protocol, backend.port)
         name = _called(journey.cluster, backend)
@@ -206,17 +208,19 @@ def _called(cluster: Cluster, backend: Backend) -> str:
 def _flow(journey: _Way, there: Address, protocol: Protocol, port: int) -> Steps[list[Hop]]:
     """From the source to an address that no Service translates any more."""
     cluster, source = journey.cluster, journey.source
-    flow = Flow(source=_seen_as(journey, there), destination=there, protocol=protocol, port=port)
-    judged = judge(cluster.policies, flow, cluster.node_addresses)
+    sent = Flow(source=journey.own, destination=there, protocol=protocol, port=port)
+    flow = msgspec.structs.replace(sent, source=_seen_as(journey, there))
+    egress = judge(cluster.policies, sent, cluster.node_addresses).egress
     owner = cluster.policies.owner(there)
-    hops = [] if source.on_host else [(yield from side(cluster, flow, judged.egress))]
+    hops = [] if source.on_host else [(yield from side(cluster, sent, egress))]
     if owner is None:
         return hops + (yield from _to_node_or_outside(journey, there, protocol, port))
     if owner.node == source.node:
         hops.append((yield from _same_node(journey, there)))
     else:
         hops += yield from _to_other_node(journey, there, owner.node)
-    hops.append((yield from side(cluster, flow, judged.ingress)))
+    ingress = judge(cluster.policies, flow, cluster.node_addresses).ingress
+    hops.append((yield from side(cluster, flow, ingress)))
     where = Where(owner.node, (owner.namespace, owner.name))
     found, link = yield from ends.interface("destination pod", where, there, flow.source)
     hops += [found, (yield from ends.wire(where, link, there))]
@@ -227,9 +231,10 @@ def _flow(journey: _Way, there: Address, protocol: Protocol, port: int) -> Steps
 
 
 def _seen_as(journey: _Way, there: Address) -> Address:
-    """The address that the other end sees: a node reaches remote pods from its tunnel's."""
+    """The address that the other end sees: a node reaches remote pods from its tunnel's, for itself and for those whom
+    it masquerades. A pod of the same node is judged before that."""
     owner = journey.cluster.policies.owner(there)
-    if journey.source.on_host and owner is not None and owner.node != journey.source.node:
+    if (journey.source.on_host or journey.masqueraded) and owner is not None and owner.node != journey.source.node:
         vteps = journey.node(journey.source.node).vteps
         return next((each for each in vteps if each.version == there.version), journey.own)
     return journey.own

@@ -18,7 +18,7 @@ from podwire.explain.path import Path, walk
 from podwire.explain.reading import node_facts, run
 from podwire.explain.report import conclusion, plain, show
 from podwire.v1 import agent_pb2
-from tests.unit.test_policy_cli import SHOP
+from tests.unit.test_policy_cli import SHOP, bare_pod
 
 Object = dict[str, Any]
 A, B = ipaddress.ip_address("10.244.1.3"), ipaddress.ip_address("10.244.2.3")
@@ -204,7 +204,7 @@ def test_a_node_without_rules_for_services() -> None:
     assert hop.findings[-1].text == "the kernel of node1 has no rules for Services"
 
 
-BALANCED = {
+BALANCED: Object = {
     "apiVersion": "v1",
     "kind": "Service",
     "metadata": {"name": "front", "namespace": "shop"},
@@ -237,6 +237,23 @@ def test_the_name_of_a_service_is_its_cluster_ip() -> None:
 
     assert asked("svc/shop/front") == [("10.96.0.77", "forward")]
     assert asked("198.51.100.7") == [("198.51.100.7", "drop")]
+
+
+def test_whom_a_service_masquerades_another_node_does_not_know() -> None:
+    """The policy of shop/db allows shop/web: by the ClusterIP; by an external address it sees a node."""
+    front = BALANCED | {"spec": BALANCED["spec"] | {"externalIPs": ["192.0.2.9"]}}
+    near = bare_pod("near", "shop", nodeName="node1")
+    near["metadata"]["labels"] = {"app": "web"}
+    cluster = Cluster(read_objects([*SHOP, front, near]))
+    source = cluster.place("shop/near")
+    nodes = {"node1": NodeFacts(name="node1", vteps=(ipaddress.ip_address("10.244.1.2"),))}
+
+    def failing(words: str) -> list[str]:
+        path = run(walk(cluster, nodes, source, cluster.place(words), PortWish(number=80)), Canned({}))
+        return [hop.title for hop in path.hops if hop.state is State.FAILS]
+
+    assert failing("svc/shop/front") == []
+    assert failing("192.0.2.9") == ["ingress policy"]
 
 
 TO_DB = "-A KUBE-SEP-1 -p tcp -m tcp -j DNAT --to-destination 10.244.0.12:5432"
