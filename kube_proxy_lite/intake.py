@@ -34,15 +34,17 @@ class Intake:
         spared: Collection[str] = (),
         patience: float = 5.0,
         noted: Callable[[str, int], None] = lambda _resource, _objects: None,
+        unreadable: Mapping[str, Callable[[Key], None]] | None = None,
     ) -> None:
         """`doors` has the kinds' resource names, as `Kind.resource` says them. `noted` is told how many objects of a
-        kind have come or gone."""
+        kind have come or gone; `unreadable` of kinds whose objects count even where they cannot be decoded."""
         self._doors = dict(doors)
         self._awaited = set(doors)
         self._changed = changed
         self._spared = frozenset(spared)
         self._patience = patience
         self._noted = noted
+        self._unreadable = dict(unreadable or {})
         self._impatient: asyncio.TimerHandle | None = None
 
     @property
@@ -57,6 +59,10 @@ class Intake:
             dropper(key)
         for obj in batch.upserts:
             setter(obj)
+        closer = self._unreadable.get(batch.kind.resource)
+        for one in batch.skipped if closer else ():
+            if one.key is not None and closer is not None:
+                closer(one.key)
         self._noted(batch.kind.resource, len(batch.deletes) + len(batch.upserts))
         if batch.synced:
             self._awaited.discard(batch.kind.resource)

@@ -94,6 +94,7 @@ class PolicySync:
                 )
             ),
             self.runner.request,
+            unreadable={NETWORK_POLICIES.resource: policies.set_unreadable},
         )
         self._blocks: frozenset[Network] = frozenset()
         self._attached: dict[int, Attached] = {}

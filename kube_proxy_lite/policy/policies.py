@@ -29,7 +29,7 @@ from kube_proxy_lite.model import Address
 from kube_proxy_lite.policy.membership import Fact, Labels, Sets, Value
 from kube_proxy_lite.policy.model import Direction, Member, PolicyClass, SetKey
 from kube_proxy_lite.policy.pods import PodFacts, facts_of
-from kube_proxy_lite.policy.rules import CompiledPolicy, class_rules, compile_policy
+from kube_proxy_lite.policy.rules import CompiledPolicy, class_rules, compile_policy, compile_unreadable
 from podwire.kube.objects import Namespace, NetworkPolicy, Pod
 
 ObjectKey = tuple[str, str]
@@ -115,6 +115,15 @@ class Policies:
         if former != compiled:
             self._policies.setdefault(namespace, {})[name] = compiled
             self._apply_policy(namespace, name, compiled)
+
+    def set_unreadable(self, key: ObjectKey) -> None:
+        """There is a policy (namespace, name) that cannot be decoded. What was last read of it holds; one that never
+        could be read closes its namespace, since nobody knows whom it was to protect."""
+        namespace, name = key
+        if name not in self._policies.get(namespace, {}):
+            closed = compile_unreadable(namespace, name)
+            self._policies.setdefault(namespace, {})[name] = closed
+            self._apply_policy(namespace, name, closed)
 
     def drop_policy(self, key: ObjectKey) -> None:
         """There is no policy (namespace, name) any more."""

@@ -88,6 +88,17 @@ def compile_policy(policy: NetworkPolicy) -> CompiledPolicy:
     )
 
 
+def compile_unreadable(namespace: str, name: str) -> CompiledPolicy:
+    """What takes the place of a policy that cannot be decoded: everybody in its namespace is isolated, both ways."""
+    return CompiledPolicy(
+        ref=RuleRef(namespace, name),
+        selects=EVERYTHING,
+        isolates=frozenset(Direction),
+        rules=dict.fromkeys(Direction, ()),
+        problems=("it cannot be decoded, so it closes all pods of its namespace",),
+    )
+
+
 def class_rules(policy: CompiledPolicy, direction: Direction, named: NamedPorts) -> tuple[ClassRule, ...]:
     """What `policy` opens for a pod whose named ports are `named`.
 

@@ -12,6 +12,8 @@ import pytest
 
 from kube_proxy_lite import policy_sync
 from kube_proxy_lite.attached import Attached
+from kube_proxy_lite.policy.evaluate import judge
+from kube_proxy_lite.policy.model import Flow
 from kube_proxy_lite.policy.policies import Policies
 from kube_proxy_lite.policy_sync import PolicySync
 from kube_proxy_lite.render.interface import ApplyFailed
@@ -19,7 +21,7 @@ from kube_proxy_lite.render.nftables_listing import TableListing
 from kube_proxy_lite.render.policy_nftables import PolicyRenderer
 from kube_proxy_lite.stale import Connection
 from podwire.kube.kinds import KINDS, NAMESPACES, NETWORK_POLICIES, PODS
-from podwire.kube.source import Batch
+from podwire.kube.source import Batch, Skipped
 from tests.policy_cases import BASE, Manifest, at, namespace, pod, policy
 
 PATIENCE = 10.0
@@ -263,6 +265,26 @@ def test_what_the_daemon_no_longer_has_is_forgotten() -> None:
         known = stage.sync.policies.pod(("x", "a"))
         assert known is not None
         assert stage.sync.policies.addresses(known)[0] == XA
+
+    play(story)
+
+
+def test_a_policy_that_cannot_be_decoded_closes_its_namespace_until_it_can() -> None:
+    async def story(stage: Stage) -> None:
+        stage.say(*BASE)
+        await until(lambda: stage.sync.synced)
+        garbled = Skipped(key=("x", "bad"), reason="spec.podSelector: expected an object")
+        stage.sync.intake.take(Batch(kind=NETWORK_POLICIES, skipped=(garbled,), synced=True))
+        policies = stage.sync.policies
+        flow = Flow(source=ipaddress.ip_address(at("y/a")), destination=XA, protocol="TCP", port=80)
+        assert not judge(policies, flow).allowed
+        assert "cannot be decoded" in policies.problems()["x", "bad"][0]
+        stage.say(policy("x/bad", ingress=[{}]))
+        assert judge(policies, flow).allowed
+        stage.sync.intake.take(Batch(kind=NETWORK_POLICIES, skipped=(garbled,), synced=True))
+        assert judge(policies, flow).allowed  # what was last read of it holds
+        stage.sync.intake.take(Batch(kind=NETWORK_POLICIES, deletes=(("x", "bad"),), synced=True))
+        assert not policies.any
 
     play(story)
 
