@@ -16,7 +16,7 @@ from podwire.nfelements import Change, Family, Table, add, concat, delete, goto
 
 _MOST = 500  # elements; with more of them the start of a process is no matter
 _LINE = re.compile(rf"(add|delete) element {TABLE} (\w+) {{ (.*) }}\Z")
-_HASHED = re.compile(r"((known|isolated|ingress|egress)[46]|[pn]_\w+_[46])\Z")
+_HASHED = re.compile(r"((known|isolated|self|ingress|egress)[46]|[pn]_\w+_[46])\Z")
 _TABLE = Table(Family.INET, TABLE.split()[1])
 
 
@@ -43,6 +43,9 @@ def _changes(verb: str, name: str, listed: str) -> Iterator[Change]:
 
 
 def _key(text: str) -> bytes:
-    address, _, port = text.partition(" . ")
+    """An address, alone or with a port or another address."""
+    address, _, second = text.partition(" . ")
     packed = ipaddress.ip_address(address).packed
-    return concat(packed, int(port).to_bytes(2, "big")) if port else packed
+    if not second:
+        return packed
+    return concat(packed, int(second).to_bytes(2, "big") if second.isdigit() else ipaddress.ip_address(second).packed)
