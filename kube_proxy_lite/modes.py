@@ -10,7 +10,7 @@ another proxy's rules among it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,10 @@ class Nothing:
         return ()
 
     def configure(self, settings: Settings) -> tuple[()]:  # noqa: ARG002
+        """Nothing to do."""
+        return ()
+
+    def accept_health_checks(self, ports: Collection[int]) -> tuple[()]:  # noqa: ARG002
         """Nothing to do."""
         return ()
 

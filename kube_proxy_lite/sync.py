@@ -144,6 +144,7 @@ class ServiceSync:
         self._foreseen: list[tuple[Mapping[PortKey, PortPlan | None], Sequence[PortPlan]]] = []
         self._problems: tuple[Problem, ...] = ()
         self._unseen = 0
+        self._health_ports: dict[Key, int] = {}
         self.health_changed: Callable[[Mapping[Key, Health | None]], None] = lambda _changed: None
         """Is told which Services' health checks are others than before."""
         self.node_changed: Callable[[Node | None], None] = lambda _node: None
@@ -177,6 +178,8 @@ class ServiceSync:
         self._unseen += len(changed)
         transactions = self._renderer.update(changed, self.services.changed_cluster_ips())
         transactions += self._reconfigure()
+        health = self.services.changed_health()
+        transactions += self._accept_health_checks(health)
         doubted = [plan for service in self.services.left_endpoints() for plan in self.services.plans_of(service)]
         self._foreseen.append((changed, doubted))
         self._report_problems()
@@ -188,7 +191,7 @@ class ServiceSync:
             self._observer.failed(str(error))
             raise
         finally:
-            self.health_changed(self.services.changed_health())
+            self.health_changed(health)
         self.synced_at = time.time()
         self.synced.set()
         self._note_stale()
@@ -205,6 +208,14 @@ class ServiceSync:
             return ()
         self._settings = settings
         return self._renderer.configure(settings)
+
+    def _accept_health_checks(self, changed: Mapping[Key, Health | None]) -> tuple[Any, ...]:
+        for key, health in changed.items():
+            if health is None:
+                self._health_ports.pop(key, None)
+            else:
+                self._health_ports[key] = health.port
+        return self._renderer.accept_health_checks(frozenset(self._health_ports.values())) if changed else ()
 
     # --- connections
 

@@ -30,7 +30,7 @@ Neither is for use by several tasks at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from kube_proxy_lite.model import Address, Network, PortKey, PortPlan, Settings
@@ -61,6 +61,11 @@ class Renderer(Protocol[T_co, L_contra]):
 
     def configure(self, settings: Settings) -> tuple[T_co, ...]:
         """Take other settings: an address of the node that has gone, a ServiceCIDR that has come."""
+        ...
+
+    def accept_health_checks(self, ports: Collection[int]) -> tuple[T_co, ...]:
+        """Let clients in to these ports of the node, all on which the Services' health is asked for, where rules of
+        this mode are what lets clients in."""
         ...
 
     def resync(self, listing: L_contra) -> tuple[T_co, ...]:

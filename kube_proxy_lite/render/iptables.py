@@ -77,8 +77,8 @@ class IptablesRenderer:
         batches = [family.configure(settings) for family in self._families.values()]
         return self._made(batches)
 
-    def accept_health_checks(self, ports: Iterable[int]) -> Transactions:
-        """Let clients in to these ports of the node, on which the Services' health is asked for: all there are."""
+    def accept_health_checks(self, ports: Collection[int]) -> Transactions:
+        """See interface.Renderer."""
         batches = [family.accept(frozenset(ports)) for family in self._families.values()]
         return self._made(batches)
 

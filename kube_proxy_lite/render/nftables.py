@@ -23,7 +23,7 @@ that must not be seen either.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from kube_proxy_lite.model import Address, Frontend, FrontendKind, PortKey, PortPlan, Settings
 from kube_proxy_lite.render.interface import Changes, ClusterIPs
@@ -92,6 +92,10 @@ class NftablesRenderer:
         for table in self._tables.values():
             table.configure(settings, batch if self._synced else None)
         return batch.transactions(self._limit)
+
+    def accept_health_checks(self, ports: Collection[int]) -> Transactions:  # noqa: ARG002
+        """See interface.Renderer: our tables keep nobody out, and what another table drops ours cannot let in."""
+        return ()
 
     def resync(self, listing: Listing) -> Transactions:
         """See interface.Renderer."""

@@ -28,10 +28,15 @@ class Kernel:
 
     def __init__(self) -> None:
         self.failures = self.attempts = 0
+        self.health_ports: frozenset[int] = frozenset()
         self.free = asyncio.Event()
         self.free.set()
 
     def update(self, changes: Any, cluster_ips: Any) -> tuple[Any, ...]:  # noqa: ARG002
+        return ()
+
+    def accept_health_checks(self, ports: frozenset[int]) -> tuple[Any, ...]:
+        self.health_ports = ports
         return ()
 
     def resync(self, listing: None) -> tuple[Any, ...]:  # noqa: ARG002
@@ -140,5 +145,21 @@ def test_nor_is_one_while_the_kernel_refuses() -> None:
         await stage.look()
         stage.kernel.free.set()
         await until(lambda: not stage.connections.table)
+
+    play(story)
+
+
+def test_the_renderer_knows_all_ports_on_which_health_is_asked_for() -> None:
+    async def story(stage: Stage) -> None:
+        await stage.begin()
+        wish: dict[str, Any] = {"type": "LoadBalancer", "externalTrafficPolicy": "Local", "ports": [{"port": 80}]}
+        balanced = [
+            service(name, **wish, healthCheckNodePort=port, clusterIPs=[f"10.96.0.{port - 32000}"])
+            for name, port in (("one", 32100), ("two", 32101))
+        ]
+        stage.say(SERVICES, *balanced)
+        await until(lambda: stage.kernel.health_ports == {32100, 32101})
+        stage.sync.intake.take(Batch(kind=SERVICES, deletes=(balanced[0].key,), synced=True))
+        await until(lambda: stage.kernel.health_ports == {32101})
 
     play(story)
