@@ -73,17 +73,19 @@ class Departures:
             log.warning("nobody is told since when other nodes have not lived: %s", errors.exceptions[0])
 
     def _departed(self, batch: Snapshot | Changes, prefix: str) -> list[tuple[str, str]]:
-        """Who went, with the process that had the name."""
-        former = dict(self._living)
+        """Who went, with the process that had the name. One batch may say that a node came and that it went."""
         if isinstance(batch, Snapshot):
-            self._living = {item.key.removeprefix(prefix): _process(item) for item in batch.items}
-        else:
-            for event in batch.events:
-                if isinstance(event, Deleted):
-                    self._living.pop(event.key.removeprefix(prefix), None)
-                else:
-                    self._living[event.item.key.removeprefix(prefix)] = _process(event.item)
-        return [(name, process) for name, process in former.items() if name not in self._living]
+            former, self._living = self._living, {item.key.removeprefix(prefix): _process(item) for item in batch.items}
+            return [(name, process) for name, process in former.items() if name not in self._living]
+        gone: dict[str, str] = {}
+        for event in batch.events:
+            name = (event.key if isinstance(event, Deleted) else event.item.key).removeprefix(prefix)
+            if not isinstance(event, Deleted):
+                self._living[name] = _process(event.item)
+                gone.pop(name, None)
+            elif name in self._living:
+                gone[name] = self._living.pop(name)
+        return list(gone.items())
 
     async def _note(self, name: str, gone: Gone) -> None:
         key = f"{self._root}gone/{name}"
