@@ -186,11 +186,12 @@ class Agent:
         self._recall_backend()
         self._blocks = tuple(await self._first_one_first(list(self._journal.blocks())))
         self._attachments.addresses.use_blocks(self._blocks)
+        # before what is unfinished is undone, which unbinds only what is known to be bound
+        await self._thread.run(self._wires.adopt, self._journal.attachments())
         undone = await self._attachments.resume()
         if undone:
             self._metrics.repaired("unfinished-add", f"undid {undone} ADDs of the daemon before", undone)
             log.warning("undid %d ADDs that were not finished", undone)
-        await self._thread.run(self._wires.adopt, self._journal.attachments())
         point("start.restored")
 
     def _recall_backend(self) -> None:

@@ -92,9 +92,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     try:
         lab = cluster.up(state)
         file = lab.files.node_path("node1", "/etc/podwire") / "ipamd.yaml"
-        file.write_text(
-            yaml.safe_dump(yaml.safe_load(file.read_text()) | {"blockIdle": 0, "cooldown": 0, "reconcileInterval": 3})
-        )
+        file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"blockIdle": 0, "cooldown": 0}))
         node.stop_daemon(lab, "node1")
         start_daemon(lab, fault)
         node.wait_daemon(lab, "node1")
