@@ -36,6 +36,9 @@ class World(Protocol):
     async def restore(self, *, backup: bool) -> None:
         """The store comes back with what the backup has, or with nothing."""
 
+    async def told(self) -> None:
+        """Returns when the store has the word of whoever noticed that it was restored."""
+
     async def settle(self) -> None:
         """Returns when new claims need not wait any more."""
 
@@ -61,6 +64,12 @@ class EtcdWorld:
             self._server.wipe()
         self._server.start()
 
+    async def told(self) -> None:
+        async with EtcdSession(EtcdOptions(endpoints=(self._server.endpoint,))) as etcd:
+            async with asyncio.timeout(20):
+                while await etcd.get(f"{ROOT}restored") is None:  # noqa: ASYNC110 - it is another session's to write
+                    await asyncio.sleep(0.001)
+
     async def settle(self) -> None:
         """Real time passes: the registries' own."""
 
@@ -78,6 +87,9 @@ class FakeWorld:
 
     async def restore(self, *, backup: bool) -> None:
         self._store.restore(*(self._backup if backup else ()))
+
+    async def told(self) -> None:
+        """It has it at once."""
 
     async def settle(self) -> None:
         self._store.settle()
@@ -280,10 +292,8 @@ def test_a_node_that_finds_a_block_of_its_own_lost_makes_the_others_wait(tell: T
             await other.agree(CONFIG)
             assert await a.registry.reclaim_block(block) is None
             await a.registry.restored()
-            for _ in range(20):  # a's word may still be on its way
-                blocks = await asyncio.gather(other.claim_block(POOL, "b", "id-b", 1), return_exceptions=True)
-                if isinstance(blocks[0], StoreRestored):
-                    break
+            await world.told()
+            blocks = await asyncio.gather(other.claim_block(POOL, "b", "id-b", 1), return_exceptions=True)
             assert isinstance(blocks[0], StoreRestored)
 
     tell(story)
