@@ -28,7 +28,7 @@ demo: ## build a three-node cluster of namespaces, show that its pods reach each
 
 test: ## run the tests that take seconds (as root: all tiers but vm and kind)
 	@$(SETUP) run test
-	@$(BIN)/python -m pytest -m 'not slow' $(TESTS) $(ARGS)
+	@$(BIN)/python -m pytest -m 'not slow' --hypothesis-profile=repeatable $(TESTS) $(ARGS)
 
 test-all: test-bare ## run every test that this machine can run, after test-bare (root)
 	@$(SETUP) run test bench vm

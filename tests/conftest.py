@@ -32,9 +32,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 pytest_plugins = ("tests.reliability",)
+
+# What `make test` draws is the same each time, so that two runs of one commit say the same; `make test-all` explores.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
 
 # --- tiers ------------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 It refuses what the kernel refuses: elements added with another value or deleted when they are not there, intervals that
 overlap, verdicts and rules that lead to a chain that is not there, chains deleted while something leads to them. And it
-refuses what the kernel would let pass and we do not want: tables of others, and commands that the renderer never
-writes. tests/netns/test_services_nft_kernel.py holds it and nft to the same scripts.
+refuses what the kernel would let pass and we do not want: tables of others, commands that the renderer never writes,
+and chains that one transaction makes and leads packets to (nftables_transactions). tests/netns/
+test_services_nft_kernel.py holds it and nft to the same scripts.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class FakeNft:
             for line in script.splitlines():
                 self._command(line)
             self._check()
+            _check_targets(script, before)
         except ApplyFailed:
             self.tables = before
             raise
@@ -158,3 +160,15 @@ def _add(elements: dict[str, str], name: str, key: str, value: str) -> None:
             if its_place == place and first.version == second.version and first.overlaps(second):
                 raise ApplyFailed(f"{name}: {key} overlaps {other}")
     elements[key] = value
+
+
+def _check_targets(script: str, before: dict[str, TableListing]) -> None:
+    """A packet that is on its way would find such a chain without rules; none is while a table is being made."""
+    if "add table" in script:
+        return
+    for line in script.splitlines():
+        if match := _COMMANDS["add_element"].fullmatch(line):
+            table, _, elements = match.groups()
+            for target in re.findall(r"(?:goto|jump) (\w+)", elements):
+                if not before[table].chains.get(target):
+                    raise ApplyFailed(f"{line[:200]}: packets find {target} without rules")

@@ -187,14 +187,14 @@ class _Table:
     def _change_shared(self, name: str, key: str, there: bool, batch: Batch) -> None:
         if name == CHAIN:
             if there:
-                self._make_chain(key, batch)
+                self._make_chain(key, batch, batch.chains)
             else:
                 batch.last.append(f"delete chain {self.words.table} {key}")
         else:
             self._change(name, key, None if there else "", "" if there else None, batch)
 
-    def _make_chain(self, name: str, batch: Batch) -> None:
-        batch.first += make_chain(self.words, name, chain_rules(self.words, name))
+    def _make_chain(self, name: str, batch: Batch, commands: list[str]) -> None:
+        commands += make_chain(self.words, name, chain_rules(self.words, name))
         if seconds := seconds_learned(self.words, name):
             batch.learning.append(Learning(self.words.version, name, seconds))
 
@@ -292,7 +292,7 @@ class _Table:
         for name in sorted(needed):
             lines = chain_rules(words, name)
             if not same_rules or counts.get(name) != len(lines):
-                self._make_chain(name, batch)
+                self._make_chain(name, batch, batch.chains if same_rules else batch.first)
         for name in sorted(there.chains.keys() - needed - constant.keys()):
             if CHAIN_NAME.fullmatch(name):
                 batch.last.append(f"delete chain {words.table} {name}")

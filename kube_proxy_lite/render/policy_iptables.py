@@ -21,6 +21,9 @@ it is, and its own class by what it is. So it is **held** first: judged by both 
 (`PODWIRE-AND-…`), then 1 to 3, and last by the new one alone. A pod that comes or goes needs no hold where the daemon
 has said which blocks are the node's, since an address that is not known is closed there.
 
+An event by which two addresses change hands at once (a pod takes one that another still has) may close for a moment
+what passes between these two; it opens nothing.
+
 Changes of several objects that are in one run pass through states that these changes have in some other order; the API
 promises none between kinds. What is larger than one restore takes (`LIMIT` lines) is several commits.
 

@@ -21,8 +21,11 @@ Packets of established connections meet one rule a side.
     @self4             ──▶ accept  a pod that comes to itself by way of a Service
 
 Sets and chains are named by their content (policy.model.digest), so that what is the same need not be compared, and a
-restart finds what it left. A change is one transaction, seen at once or not at all: members, chains, and which pod is
-in which class. What nothing refers to any more is removed in a second one, since a packet may be on its way through it.
+restart finds what it left. A change is one transaction, seen at once or not at all: members, and which pod is in which
+class. New classes are made in one before it, where nothing leads to them yet: a packet keeps the generation of rules
+that it began with, but sees elements as they are when it looks them up, and so would find its class without rules, and
+pass (11 packets in 405 such changes, none in 344 of two transactions, at 700,000 packets a second). What nothing refers
+to any more is removed in a last one, since a packet may be on its way through it.
 
 Neighbour discovery and listener reports between pods of one node cross the bridge's firewall, and always pass.
 """
@@ -237,7 +240,7 @@ class PolicyRenderer:
         wanted = self._state.elements[name]
         if name not in there.sets:
             made = self._state.declared[name]
-            change.sets.append(f"add {made.kind} {TABLE} {name} {{ {made.body} }}")
+            change.sets[name] = f"add {made.kind} {TABLE} {name} {{ {made.body} }}"
             there.sets[name] = {}
         have = there.sets[name]
         for key in keys:
@@ -293,7 +296,8 @@ class _Change:
 
     def __init__(self, first: list[str]) -> None:
         self.first = first
-        self.sets: list[str] = []
+        self.sets: dict[str, str] = {}
+        """Those that are new."""
         self.chains: list[str] = []
         self.added: dict[str, list[str]] = {}
         self.removed: dict[str, list[str]] = {}
@@ -301,14 +305,16 @@ class _Change:
         self.last: list[str] = []
 
     def scripts(self, limit: int) -> tuple[str, ...]:
-        """One script for the change, and one for what nothing refers to afterwards; more where it is larger than
-        `limit` elements, and then additions before removals."""
+        """One script for new classes, one for the change, and one for what nothing refers to afterwards; more where it
+        is larger than `limit` elements, and then additions before removals."""
         size = sum(map(len, self.added.values())) + sum(map(len, self.removed.values()))
         if size <= limit:
-            lines = [*self.first, *self.sets, *_elements("delete", self.removed), *self.chains]
-            found = ["\n".join([*lines, *_elements("add", self.added)])]
+            fresh = {name: self.added.pop(name) for name in self.sets if name in self.added} if self.chains else {}
+            made = [*self.first, *self.sets.values(), *_elements("add", fresh), *self.chains]
+            changed = [*_elements("delete", self.removed), *_elements("add", self.added)]
+            found = ["\n".join(each) for each in ((made, changed) if self.chains else ([*made, *changed],))]
         else:
-            found = ["\n".join([*self.first, *self.sets]), *self._pieces(limit)]
+            found = ["\n".join([*self.first, *self.sets.values()]), *self._pieces(limit)]
         found.append("\n".join([*self.unlinked, *self.last]))
         return tuple(f"{each}\n" for each in found if each)
 

@@ -142,10 +142,10 @@ class Stage:
         """Asks once."""
         return ask(self.place(source), address, port, protocol, seconds)
 
-    def outcome(self, source: str, address: str, port: int = 80) -> str:
+    def outcome(self, source: str, address: str, port: int = 80, seconds: float = 0.5) -> str:
         """`answered`, or the kernel's word for why not."""
         try:
-            self.ask(source, address, port, seconds=0.5)
+            self.ask(source, address, port, seconds=seconds)
         except PodwireError as error:
             return "refused" if "refused" in str(error) else "timed out" if "timed out" in str(error) else str(error)
         return "answered"

@@ -95,7 +95,8 @@ def load(address: str, port: int) -> None:
     while not stop.is_set():
         began = time.monotonic()
         got = connect("TCP", address, port, UNREPEATED)
-        counts[got.partition(" ")[0]] = counts.get(got.partition(" ")[0], 0) + 1
+        what = got if got.startswith("[") else got.partition(" ")[0]  # an error in full, of an answer who gave it
+        counts[what] = counts.get(what, 0) + 1
         time.sleep(max(0.0, 0.002 - (time.monotonic() - began)))
     print(json.dumps(counts), flush=True)
 

@@ -93,7 +93,7 @@ def test_the_number_of_chains_and_sets_is_not_that_of_services() -> None:
 ONE = (FrontendKind.CLUSTER_IP,)
 CHANGES: dict[str, tuple[PortPlan | None, PortPlan | None, list[list[str]]]] = {
     "nothing": (plan(), plan(), []),
-    "one endpoint more is a slot and a flip": (
+    "one endpoint more is a slot and a flip, to a chain that is there by then": (
         plan(cluster=(LOCAL,), only=ONE),
         plan(cluster=(LOCAL, REMOTE), only=ONE),
         [
@@ -102,6 +102,8 @@ CHANGES: dict[str, tuple[PortPlan | None, PortPlan | None, list[list[str]]]] = {
                 "flush chain ip podwire_proxy lb_tcp_2",
                 "add rule ip podwire_proxy lb_tcp_2 dnat ip to ip daddr . tcp dport . numgen random mod 2 map @eps_tcp",
                 "add rule ip podwire_proxy lb_tcp_2 drop",
+            ],
+            [
                 "delete element ip podwire_proxy services { 10.96.0.1 . 6 . 80 }",
                 "add element ip podwire_proxy eps_tcp { 10.96.0.1 . 80 . 1 : 10.244.2.3 . 8080 }",
                 "add element ip podwire_proxy services { 10.96.0.1 . 6 . 80 : goto lb_tcp_2 }",
@@ -118,6 +120,8 @@ CHANGES: dict[str, tuple[PortPlan | None, PortPlan | None, list[list[str]]]] = {
                 "flush chain ip podwire_proxy lb_tcp_1",
                 "add rule ip podwire_proxy lb_tcp_1 dnat ip to ip daddr . tcp dport . numgen random mod 1 map @eps_tcp",
                 "add rule ip podwire_proxy lb_tcp_1 drop",
+            ],
+            [
                 "delete element ip podwire_proxy eps_tcp { 10.96.0.1 . 80 . 0 }",
                 "delete element ip podwire_proxy services { 10.96.0.1 . 6 . 80 }",
                 "add element ip podwire_proxy eps_tcp { 10.96.0.1 . 80 . 0 : 10.244.3.3 . 8080 }",
