@@ -132,7 +132,7 @@ some = settings(max_examples=120, deadline=None)
 def uid_of(policies: Policies, address: Address) -> str | None:
     """Whose an address is."""
     owner = policies.owner(address)
-    return owner and owner.uid
+    return owner.uid if owner else None
 
 
 def allowed(policies: Policies, blocks: frozenset[Network], flow: Flow) -> bool:
