@@ -40,6 +40,7 @@ from ipam_daemon.wires import Wires
 from podwire import netns
 
 COOLDOWN = 30.0
+PATIENCE = 120.0  # seconds that one command may take, or whoever waits for one
 IDLE_28 = {"used": 0, "releasing": 0, "cooling": 0, "reserved": 4, "free": 12}
 """How the addresses of an unused /28 are counted."""
 _numbers = itertools.count(1)
@@ -48,7 +49,7 @@ BRIDGE_NF_CALL = "/proc/sys/net/bridge/bridge-nf-call-{}"
 
 def command(*words: str, check: bool = True, stdin: str | None = None) -> str:
     """Runs a program and returns what it printed."""
-    done = subprocess.run(words, input=stdin, capture_output=True, text=True, check=False, timeout=20)
+    done = subprocess.run(words, input=stdin, capture_output=True, text=True, check=False, timeout=PATIENCE)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(words)}: {done.returncode}: {done.stdout}{done.stderr}")
     return done.stdout
@@ -94,9 +95,9 @@ class Netns:
         """The names of the links, `lo` not counted."""
         return {each["ifname"] for each in self.json("link", "show")} - {"lo"}
 
-    def pings(self, address: str) -> bool:
-        """Whether one echo request is answered within a second."""
-        return "1 received" in self.run("ping", "-n", "-c", "1", "-W", "1", address, check=False)
+    def pings(self, address: str, seconds: float = 10) -> bool:
+        """Whether one echo request is answered; after `seconds` it is not."""
+        return "1 received" in self.run("ping", "-n", "-c", "1", "-W", str(seconds), address, check=False)
 
 
 class Node(Netns):
@@ -247,10 +248,10 @@ async def hold(node: Node) -> threading.Event:
 
     def wait() -> None:
         began.set()
-        goes_on.wait(20)
+        goes_on.wait(PATIENCE)
 
     task = asyncio.ensure_future(node.thread.run(wait))
-    await asyncio.to_thread(began.wait, 20)
+    await asyncio.to_thread(began.wait, PATIENCE)
     assert not task.done()
     return goes_on
 
@@ -286,9 +287,9 @@ def pods(number: int) -> Iterator[list[Netns]]:
 
 
 def play(story: Callable[[], Awaitable[None]]) -> None:
-    """Runs a story in an event loop of its own, for a minute at most."""
+    """Runs a story in an event loop of its own, for five minutes at most."""
 
     async def limited() -> None:
-        await asyncio.wait_for(story(), 60)
+        await asyncio.wait_for(story(), 300)
 
     asyncio.run(limited())

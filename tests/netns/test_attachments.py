@@ -252,7 +252,7 @@ def test_when_del_answers_the_wire_is_dead(tmp_path: Path) -> None:
                 (link,) = it.node.json("link", "show", "dev", host)
                 assert "UP" not in link["flags"]
                 assert "master" not in link
-                assert not it.node.pings("10.244.1.3")
+                assert not it.node.pings("10.244.1.3", 1)
                 assert it.counts()["releasing"] == 1
                 await it.reap()
                 assert a.links() == set()

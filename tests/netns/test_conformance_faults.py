@@ -60,7 +60,7 @@ def test_status_is_51_when_pods_are_cut_off_and_50_when_none_is(tmp_path: Path) 
                 it.attachments.addresses.use_blocks([block(ipaddress.ip_network("10.244.9.0/28"))])
                 assert await it.attachments.fence() == 1
                 assert await status() == 51
-                assert not a.pings("10.244.1.1")
+                assert not a.pings("10.244.1.1", 1)
                 await it.delete("a")
                 assert await status() == 50
 

@@ -76,11 +76,11 @@ def test_same_node_traffic_crosses_the_firewall_by_the_bridges_own_switch(tmp_pa
                     "-",
                     stdin="table ip t { chain f { type filter hook forward priority 0; policy drop; }; }",
                 )
-                assert not a.pings("10.244.1.4"), "the node's firewall says no"
+                assert not a.pings("10.244.1.4", 1), "the node's firewall says no"
                 it.node.ip("link", "set", "pw0", "type", "bridge", "nf_call_iptables", "0")
                 assert a.pings("10.244.1.4"), "without the switch the firewall is not asked"
                 assert await bridge(it.node, bridge_plan(it.cidr)) == ["set nf_call_iptables of pw0"]
-                assert not a.pings("10.244.1.4")
+                assert not a.pings("10.244.1.4", 1)
 
     play(story)
 

@@ -164,12 +164,12 @@ def test_leaving_the_cluster_is_masqueraded_and_pod_to_pod_is_not(tmp_path: Path
 
     async def story() -> None:
         async with cluster(tmp_path) as (it, pod, outside):
-            assert not pod.pings("192.0.2.2"), "without the table there is no masquerade"
+            assert not pod.pings("192.0.2.2", 1), "without the table there is no masquerade"
             await firewall_of(it.node).ensure(PLAN)
             assert pod.pings("192.0.2.2")
             outside.ip("addr", "add", "10.244.9.1/32", "dev", "lo")
             it.node.ip("route", "add", "10.244.9.1/32", "via", "192.0.2.2")
-            assert not pod.pings("10.244.9.1"), "an address of the pool sees the pod's own, and knows no way back"
+            assert not pod.pings("10.244.9.1", 1), "an address of the pool sees the pod's own, and knows no way back"
             outside.ip("route", "add", "10.244.1.0/28", "via", "192.0.2.1")
             assert pod.pings("10.244.9.1")
 

@@ -55,7 +55,7 @@ async def loses_to_another_pod_with_its_address(it: Engine, a: Netns, b: Netns) 
     assert it.counts()["used"] == 1
     assert it.counts()["cooling"] == 0, "its deletion frees nothing: the address is another's"
     assert b.pings("10.244.1.1")
-    assert not a.pings("10.244.1.1")
+    assert not a.pings("10.244.1.1", 1)
     await it.delete("b")
 
 
@@ -96,7 +96,7 @@ async def is_cut_off_when_its_block_is_not_this_nodes(it: Engine, a: Netns, b: N
     it.attachments.addresses.use_blocks([block(ipaddress.ip_network("10.244.9.0/29"))])
     await rounds(it, 2)
     assert it.attachments.fenced == 1
-    assert not a.pings("10.244.1.1")
+    assert not a.pings("10.244.1.1", 1)
     with pytest.raises(Exception, match="went to another node"):
         await it.add("b", b.path)
     await it.delete("a")

@@ -375,7 +375,8 @@ def test_two_nodes_of_any_family_reach_each_other(underlay: int, versions: Seque
                 assert await node.thread.run(peers.read) == plan
                 assert await apply(node, Peers(node.thread), plan, resync=True) == 0
             for version in versions:
-                await eventually(partial(one.pings, str(Layout.of(dual_block(2, version).cidr).gateway)))
+                gateway = str(Layout.of(dual_block(2, version).cidr).gateway)
+                await eventually(partial(one.pings, gateway, 1))
             await apply(one, peers := Peers(one.thread), plan_peers([]), resync=True)
             assert await one.thread.run(peers.read) == plan_peers([])
 

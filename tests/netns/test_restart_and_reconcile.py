@@ -69,7 +69,7 @@ def test_an_intent_without_a_commit_is_undone(tmp_path: Path) -> None:
                 again = it.restarted()
                 await again.start()
                 assert again.journal.attachments() == ()
-                assert not again.node.pings("10.244.1.3")
+                assert not again.node.pings("10.244.1.3", 1)
                 await again.reap()
                 assert a.links() == set()
                 assert again.counts()["cooling"] == 1
@@ -88,7 +88,7 @@ def test_a_wire_that_was_released_but_not_killed_is_dead_after_the_restart(tmp_p
                 assert attachment is not None
                 it.journal.release(attachment)
                 again = await it.restarted().start()
-                assert not again.node.pings("10.244.1.3")
+                assert not again.node.pings("10.244.1.3", 1)
                 await again.reap()
                 assert again.node.links() == {"pw0"}
                 again.journal.close()
@@ -211,10 +211,10 @@ def test_a_port_that_somebody_took_apart_is_mended(tmp_path: Path, damage: tuple
             with pods(1) as (a,):
                 host = (await it.add("a", a.path))["interfaces"][0]["name"]
                 it.node.ip("link", "set", host, *damage)
-                assert not a.pings("10.244.1.1")
+                assert not a.pings("10.244.1.1", 1)
                 await it.reconciler.round()
                 await it.reconciler.round()
-                await eventually(lambda: a.pings("10.244.1.1"))
+                await eventually(lambda: a.pings("10.244.1.1", 1))
                 (port,) = it.node.json("link", "show", "dev", host)
                 assert port["linkinfo"]["info_slave_data"]["hairpin"] is True
                 assert it.metrics.registry.get_sample_value("podwire_repairs_total", {"what": "port"}) == 1
@@ -238,7 +238,7 @@ def test_a_port_that_cannot_be_mended_does_not_keep_the_others_from_it(tmp_path:
                 await eventually(lambda: len(it.node.links()) == 4)
                 await it.reconciler.round()
                 await it.reconciler.round()
-                await eventually(lambda: c.pings("10.244.1.1"))
+                await eventually(lambda: c.pings("10.244.1.1", 1))
                 assert it.journal.get(key("b")) is None
                 assert it.journal.get(key("a")) is not None
                 assert it.metrics.registry.get_sample_value("podwire_repairs_total", {"what": "failed"}) == 2

@@ -339,7 +339,7 @@ def test_no_spoof_reaches(place: str, target: str) -> None:
         async with guarded() as (it, mouth, _):
             it.outside.ip("route", "add", str(CIDR), "via", "192.0.2.1")
             ear = await (raw(it.node.path, "pw0") if target == NODE else raw(it.outside.path, "under0"))
-            await eventually(lambda: it.a.pings(target))
+            await eventually(lambda: it.a.pings(target, 1))
             for source, mac in ((NEIGHBOUR, MY_MAC), (STRANGER, MY_MAC), (ME, ITS_MAC), (NODE, NODE_MAC)):
                 mouth.send(ethernet(mac, NODE_MAC, frames.IPV4, udp(source, target, TOKEN)))
             mouth.send(ethernet(MY_MAC, NODE_MAC, frames.IPV4, udp(ME, target, LAST)))
@@ -362,7 +362,7 @@ def test_a_pod_of_both_families_works_from_its_first_packet() -> None:
             for target in (NEIGHBOUR, NODE, NEIGHBOUR6, NODE6):
                 assert it.a.pings(target), target
             assert it.b.pings(ME6)
-            await eventually(lambda: it.a.pings(f"{ITS_LOCAL}%eth0"))
+            await eventually(lambda: it.a.pings(f"{ITS_LOCAL}%eth0", 1))
             assert await it.dropped() == {}
 
     play(story)
@@ -401,7 +401,7 @@ def test_a_pod_that_changes_its_mac_is_cut_off() -> None:
     async def story() -> None:
         async with guarded() as (it, _, _):
             it.a.ip("link", "set", "eth0", "address", NOBODY)
-            assert not it.a.pings(NODE)
+            assert not it.a.pings(NODE, 1)
             assert (await it.dropped())["mac"] > 0
             it.a.ip("link", "set", "eth0", "address", MY_MAC)
             assert it.a.pings(NODE)
@@ -485,7 +485,7 @@ def test_a_wire_that_nobody_knows_is_cut_off_until_the_journal_has_it() -> None:
             unguarded = Wires(it.node.thread)
             await it.node.thread.run(unguarded.attach, it.first, GATEWAYS)
             await it.ensure()
-            assert not it.a.pings(NODE)
+            assert not it.a.pings(NODE, 1)
             assert await it.node.thread.run(it.wires.mend, it.first) is WireState.FINE
             assert it.a.pings(NODE)
 

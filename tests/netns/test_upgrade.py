@@ -76,7 +76,7 @@ def test_pods_of_the_version_before_run_on_and_are_guarded(tmp_path: Path) -> No
                 for name, result in results.items():
                     await it.attachments.check(call("CHECK", name, paths[name], config=with_result(result)))
                 await it.delete("a")
-                assert not a.pings(address)
+                assert not a.pings(address, 1)
                 await it.reap()
                 assert [row.key for row in it.journal.attachments()] == [key("b"), key("late")]
                 it.journal.close()

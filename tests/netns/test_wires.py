@@ -70,7 +70,7 @@ def test_a_killed_wire_carries_nothing_and_is_reaped_with_its_group() -> None:
                     await attach(node, wires, each)
                 for each in made[:2]:
                     await node.thread.run(wires.kill, each.host_ifname)
-                assert not namespaces[0].pings("10.244.1.1")
+                assert not namespaces[0].pings("10.244.1.1", 1)
                 assert len(node.links()) == 4
                 gone = await node.thread.run(wires.reap, [each.host_ifname for each in made])
                 assert gone == {each.host_ifname for each in made[:2]}, "a living wire is not gone"
