@@ -8,17 +8,17 @@ import grpc
 
 from podwire.v1 import agent_pb2, agent_pb2_grpc
 
-_SECONDS = 2
+_SECONDS = 20.0
 
 
-def daemon_status(socket: Path) -> agent_pb2.GetStatusResponse | None:
-    """The status of the daemon behind the socket; None when none answers."""
+def daemon_status(socket: Path, seconds: float = _SECONDS) -> agent_pb2.GetStatusResponse | None:
+    """The status of the daemon behind the socket; None when none answers. One that has ended is known at once."""
     if not socket.exists():
         return None
     with grpc.insecure_channel(f"unix:{socket}") as channel:
         stub = agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
         try:
-            answer: agent_pb2.GetStatusResponse = stub.GetStatus(agent_pb2.GetStatusRequest(), timeout=_SECONDS)
+            answer: agent_pb2.GetStatusResponse = stub.GetStatus(agent_pb2.GetStatusRequest(), timeout=seconds)
         except grpc.RpcError:
             return None
     return answer

@@ -34,8 +34,9 @@ from podwire.lab.workloads import condition, is_controlled_by
 
 SUPERVISOR = "supervisor"
 ETCD = "etcd"  # the only member; of three each goes by its name
-_START_SECONDS = 30.0
-_KILL_SECONDS = 10.0
+_START_SECONDS = 120.0
+_KILL_SECONDS = 60.0
+_PODS_SECONDS = 120.0
 
 Say = Callable[[str], None]
 Object = dict[str, Any]
@@ -306,7 +307,7 @@ def container_log(lab: LabState, namespace: str, name: str, container: str = "",
     return path
 
 
-def wait_ready(lab: LabState, wanted: Sequence[PodName], seconds: float = 60.0) -> None:
+def wait_ready(lab: LabState, wanted: Sequence[PodName], seconds: float = _PODS_SECONDS) -> None:
     """Waits until these pods are ready, or have succeeded. Raises PodwireError that says what each lacks."""
 
     def lacking() -> dict[str, str]:
@@ -316,7 +317,7 @@ def wait_ready(lab: LabState, wanted: Sequence[PodName], seconds: float = 60.0) 
     _wait_nothing_lacks(lab, lacking, seconds)
 
 
-def wait_rolled_out(lab: LabState, objects: Sequence[Object], seconds: float = 60.0) -> None:
+def wait_rolled_out(lab: LabState, objects: Sequence[Object], seconds: float = _PODS_SECONDS) -> None:
     """Waits until the Deployments and ReplicaSets among these have all their pods, ready and of the present template.
 
     Raises PodwireError that says what each lacks.
@@ -383,7 +384,7 @@ def what_lacks(pod: Object | None) -> str:
     return str(status.get("message") or "; ".join(waiting or unready) or f"is {status.get('phase', 'Pending')}")
 
 
-def wait_deleted(lab: LabState, gone: Sequence[PodName], seconds: float = 60.0) -> None:
+def wait_deleted(lab: LabState, gone: Sequence[PodName], seconds: float = _PODS_SECONDS) -> None:
     """Waits until these pods are gone. Raises PodwireError that names those left."""
     left: set[PodName] = set()
 

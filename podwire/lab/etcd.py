@@ -23,7 +23,7 @@ from types import TracebackType
 
 from podwire.errors import PodwireError
 
-START_S = 15.0
+START_S = 90.0
 STOP_S = 5.0
 _SERVING = b"serving client traffic"  # 3.4 to 3.6, with and without TLS
 _PORT_TAKEN = b"address already in use"

@@ -26,7 +26,9 @@ from podwire.lab.state import LabState, NodeState
 METRICS_PORT = 9817
 PYTHON = (sys.executable,)
 _DEBIAN_PLUGINS = Path("/usr/lib/cni")
-_HOLDER_SECONDS = 10
+_HOLDER_SECONDS = 60
+_END_SECONDS = 60
+_READY_SECONDS = 120  # a daemon needs two; a machine that stalls makes it many
 
 # /sys is per network namespace from when it is mounted; the control groups below it are the machine's and stay.
 # br_netfilter starts with its global hooks on in a new namespace: a test that leaves them on does not see whether
@@ -153,12 +155,12 @@ def start_daemon(state: LabState, node: str) -> Process:
     return process.start(state.files, daemon_role(node), [*enter_command(state, node), *command])
 
 
-def stop_daemon(state: LabState, node: str, seconds: float = 15) -> None:
+def stop_daemon(state: LabState, node: str, seconds: float = _END_SECONDS) -> None:
     """Ends the node's daemon as an upgrade does, by SIGTERM, and waits. Raises PodwireError when it does not go."""
     _end_daemon(state, node, signal.SIGTERM, seconds)
 
 
-def kill_daemon(state: LabState, node: str, seconds: float = 15) -> None:
+def kill_daemon(state: LabState, node: str, seconds: float = _END_SECONDS) -> None:
     """Ends the node's daemon as a crash does, by SIGKILL, and waits."""
     _end_daemon(state, node, signal.SIGKILL, seconds)
 
@@ -172,7 +174,7 @@ def _end_daemon(state: LabState, node: str, with_signal: int, seconds: float) ->
         raise PodwireError(f"the daemon of {node} (process {running.pid}) is still there after {seconds:.0f} s")
 
 
-def wait_daemon(state: LabState, node: str, seconds: float = 30) -> None:
+def wait_daemon(state: LabState, node: str, seconds: float = _READY_SECONDS) -> None:
     """Waits until the node's daemon says that an ADD can succeed. Raises PodwireError with its reasons and its log."""
     from podwire.lab.agent import daemon_status
 

@@ -27,8 +27,9 @@ from podwire.lab.state import LabState, NodeState, write_atomically
 
 NONE = "none"
 MODES = ("nftables", "iptables", NONE)
-_START_SECONDS = 60.0
-_ASK_SECONDS = 2.0
+_START_SECONDS = 120.0
+_END_SECONDS = 60.0
+_ASK_SECONDS = 10.0
 
 
 def proxy_role(node: str) -> str:
@@ -75,7 +76,7 @@ def start(state: LabState, node: str) -> Process:
     return process.start(state.files, proxy_role(node), [*enter_command(state, node), *command])
 
 
-def end(state: LabState, node: str, with_signal: int = signal.SIGTERM, seconds: float = 15) -> None:
+def end(state: LabState, node: str, with_signal: int = signal.SIGTERM, seconds: float = _END_SECONDS) -> None:
     """Ends the node's proxy: SIGTERM as an upgrade does, SIGKILL as a crash. Raises PodwireError if it does not go."""
     running = process.recorded(state.files, proxy_role(node))
     if running is None or not running.alive:

@@ -38,6 +38,7 @@ from podwire.lab.state import LabState, NodeState
 
 _log = logging.getLogger(__name__)
 _NODE_LOOK_SECONDS = 3.0
+_NODE_SILENT_SECONDS = 2.0  # a daemon that says nothing for so long is not ready
 
 
 class ApiAddress(msgspec.Struct, frozen=True):
@@ -77,7 +78,7 @@ async def watch_node(lab: LabState, store: Store, node: NodeState) -> None:
     """Keeps the Node's Ready condition at what its daemon says, as a kubelet does with its runtime's network."""
     known: tuple[bool, str] | None = None
     while True:
-        status = await asyncio.to_thread(daemon_status, lab.files.ipamd_socket(node.name))
+        status = await asyncio.to_thread(daemon_status, lab.files.ipamd_socket(node.name), _NODE_SILENT_SECONDS)
         ready = status is not None and status.ready
         message = "the daemon does not answer" if status is None else ", ".join(status.reasons)
         if (ready, message) != known:

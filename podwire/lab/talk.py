@@ -38,7 +38,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         return (self.own, self.own_port) == (self.client, self.client_port)
 
 
-def ask(netns_path: Path, address: str, port: int, protocol: str = "TCP", seconds: float = 3.0) -> Answer:
+def ask(netns_path: Path, address: str, port: int, protocol: str = "TCP", seconds: float = 10.0) -> Answer:
     """Asks the echo server at `address`, bare, from the namespace. Raises PodwireError when there is no answer."""
     descriptor = netns.open_netns(str(netns_path))
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
