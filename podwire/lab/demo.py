@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -40,9 +41,10 @@ from podwire.lab.talk import Answer, ask
 _WIDTH = 120  # of what is not a terminal
 POD_CIDR = "10.244.0.0/16,fd00:10:244::/56"
 _WEB, _HOST_WEB = 80, 8080
-_CAPTURE_SECONDS = 10
+_CAPTURE_SECONDS = 30
 _REQUESTS = 30
-_SERVICE_SECONDS = 20.0
+_SERVICE_SECONDS = 90.0
+_SNAPSHOT = re.compile(r"(\d+)/(\d+) packets")  # answered, sent
 
 Object = dict[str, Any]
 
@@ -129,10 +131,13 @@ def demo_services() -> list[Object]:
 
 
 def start_outside(lab: LabState) -> None:
-    """An echo server on the host that is no node."""
+    """An echo server on the host that is no node; it answers when this returns."""
     pod = {"metadata": {"name": "outside", "namespace": ""}, "spec": {}}
     program = plan_program(pod, {"name": "outside", "ports": [{"containerPort": _WEB}]}, ())
     process.start(lab.files, "outside", ["nsenter", f"--net={lab.netns('outside')}", "--", *program.words])
+    here = Place("outside", lab.netns("outside"), (), "")
+    for family in lab.families:
+        _wait_answer(here, str(names.BEYOND_ADDRESSES[family]), "the echo server outside")
 
 
 # --- stanzas ----------------------------------------------------------------------------------------------------
@@ -258,7 +263,7 @@ def show_service(stage: Stage) -> None:
     specs = {policy: api.get(SERVICES, f"web-{policy.lower()}", "default")["spec"] for policy in ("Cluster", "Local")}
     blue, address = stage.pod("blue"), specs["Cluster"]["clusterIP"]
     for spec in specs.values():
-        _wait_service(blue, spec["clusterIP"])
+        _wait_answer(blue, spec["clusterIP"], f"the Service {spec['clusterIP']}")
     slices = api.list(ENDPOINT_SLICES, labels="kubernetes.io/service-name=web-cluster")
     ready = [one for each in slices for one in each["endpoints"] if one["conditions"]["ready"]]
     stage.title(f"A Service: {address}:{_WEB} has {len(ready)} endpoints; blue sends it {_REQUESTS} requests")
@@ -300,15 +305,15 @@ def _show_policies(stage: Stage, node_ports: dict[str, int]) -> None:
     stage.say("the node that was asked, and keeps the client's.")
 
 
-def _wait_service(source: Place, address: str) -> None:
-    """Waits until the rules of the source's node have the Service, which was made a moment ago."""
+def _wait_answer(source: Place, address: str, what: str) -> None:
+    """Waits until somebody answers there: the server was started, the Service made, a moment ago."""
 
     def answers() -> bool:
         with contextlib.suppress(PodwireError):
             return bool(ask(source.netns, address, _WEB, seconds=0.5).pod)
         return False
 
-    process.wait_for(answers, _SERVICE_SECONDS, f"the Service {address} to answer")
+    process.wait_for(answers, _SERVICE_SECONDS, f"{what} to answer")
 
 
 def _requests(stage: Stage, source: Place, address: str, port: int) -> list[Answer]:
@@ -340,7 +345,7 @@ def show_backend(stage: Stage) -> None:
                 stage.wrong(f"{sent - answered} of {sent} pings were lost while the backend changed")
 
 
-def set_backend(lab: LabState, backend: str, seconds: float = 30.0) -> None:
+def set_backend(lab: LabState, backend: str, seconds: float = 90.0) -> None:
     """Changes the lab's backend, and waits until every node has it in its routes. Raises PodwireError."""
     command = [*node.enter_command(lab, lab.nodes[0].name), *node.PYTHON, "-m", "podwire.cli.main", "cluster", "set"]
     config = lab.files.node_path(lab.nodes[0].name, "/etc/podwire") / "ipamd.yaml"
@@ -356,15 +361,30 @@ def _has(lab: LabState, name: str, backend: str) -> bool:
 
 @contextlib.contextmanager
 def _pinging(source: Place, address: str) -> Iterator[Callable[[], tuple[int, int]]]:
-    """A ping that runs until it is asked how many it has sent, and how many were answered."""
-    words = ["nsenter", f"--net={source.netns}", "--", "ping", "-q", "-i", "0.01", "-W", "1", address]
-    ping = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    """A ping that runs, and can be asked how many it has sent, and how many were answered.
+
+    It is asked on the way (SIGQUIT), again and again until nothing is on its way: when it ends, what was just sent
+    would count as lost.
+    """
+    words = ["nsenter", f"--net={source.netns}", "--", "ping", "-q", "-i", "0.01", address]
+    ping = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert ping.stderr is not None
+    says = ping.stderr
+
+    def look() -> tuple[int, int]:
+        ping.send_signal(signal.SIGQUIT)
+        for line in says:
+            if found := _SNAPSHOT.search(line):
+                return int(found[2]), int(found[1])
+        raise PodwireError(f"the ping to {address} has ended")
 
     def count() -> tuple[int, int]:
-        ping.send_signal(signal.SIGINT)
-        out, _ = ping.communicate(timeout=_CAPTURE_SECONDS)
-        line = next(line for line in out.splitlines() if "packets transmitted" in line).split()
-        return int(line[0]), int(line[3])
+        deadline = time.monotonic() + _CAPTURE_SECONDS
+        while True:
+            sent, answered = look()
+            if answered >= sent or time.monotonic() > deadline:
+                return sent, answered
+            time.sleep(0.05)
 
     try:
         yield count

@@ -26,8 +26,8 @@ from podwire.lab.talk import ask
 NAMESPACE = "shop"
 POLICY = "db-from-web"
 _PORT = 80
-_ASK_SECONDS = 0.5
-_SECONDS = 20.0
+_SILENT_SECONDS = 2.0  # whoever is let in answers long before
+_SECONDS = 90.0
 
 Object = dict[str, Any]
 
@@ -80,13 +80,15 @@ def show_policy(stage: Stage) -> None:
     lab = stage.lab
     stage.title(f"NetworkPolicy: {NAMESPACE}/{POLICY} lets web into db, and nobody else")
     cluster.wait_ready(lab, cluster.apply(lab, objects()))
-    before = {name: _reaches(lab, name) for name in ("web", "guest")}
+    before = {name: _reaches(lab, name, _SECONDS) for name in ("web", "guest")}
     cluster.apply(lab, [policy()])
     try:
-        process.wait_for(lambda: not _reaches(lab, "guest"), _SECONDS, "the policy to be in the kernel")
+        process.wait_for(
+            lambda: not _reaches(lab, "guest", _SILENT_SECONDS), _SECONDS, "the policy to be in the kernel"
+        )
     except PodwireError as error:
         stage.wrong(f"guest still reaches db: {error}")
-    after = {name: _reaches(lab, name) for name in ("web", "guest")}
+    after = {"web": _reaches(lab, "web", _SECONDS), "guest": _reaches(lab, "guest", _SILENT_SECONDS)}
     for name in before:
         words = [("answered" if each else "nothing comes back") for each in (before[name], after[name])]
         stage.say(f"  {name:<5} asks db: {words[0]}; with the policy: {words[1]}")
@@ -123,7 +125,7 @@ def _access(lab: LabState) -> Any:
     return options.access(KubeOptions(kubeconfig=str(lab.files.kubeconfig)))
 
 
-def _reaches(lab: LabState, name: str) -> bool:
+def _reaches(lab: LabState, name: str, seconds: float) -> bool:
     found = {
         each["metadata"]["name"]: each["status"]["podIP"]
         for each in cluster.pods(lab)
@@ -131,7 +133,7 @@ def _reaches(lab: LabState, name: str) -> bool:
     }
     netns: Path = lab.pod_netns(NAMESPACE, name)
     try:
-        ask(netns, found["db"], _PORT, seconds=_ASK_SECONDS)
+        ask(netns, found["db"], _PORT, seconds=seconds)
     except PodwireError:
         return False
     return True

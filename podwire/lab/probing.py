@@ -10,6 +10,7 @@ hundreds of them cost the event loop some sockets. Only an exec probe is a proce
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -122,7 +123,8 @@ class Prober:
             said, _ = await child.communicate()
         finally:
             if child.returncode is None:  # too slow: it and what it started go
-                os.killpg(child.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # ended meanwhile; what ended the wait is not to be lost
+                    os.killpg(child.pid, signal.SIGKILL)
                 await child.wait()
         return (
             said.decode(errors="replace").strip()[-500:] or f"exit code {child.returncode}" if child.returncode else ""

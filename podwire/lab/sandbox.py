@@ -76,19 +76,19 @@ class Sandbox:
 
     async def detach(self) -> None:
         """Takes the pod's network away."""
-        if self._on_host:
-            return
-        await self._kill_strays()
         tries = 0
-        while self._attachment is not None:
+        while not self._on_host:
             try:
-                await self._runtime().delete(self._attachment, self._result)
-                self._attachment = self._result = None
+                await self._kill_strays()
+                if self._attachment is not None:
+                    await self._runtime().delete(self._attachment, self._result)
+                    self._attachment = self._result = None
+                await self._delete_namespace()
+                return
             except (PodwireError, OSError) as error:
                 self._report("FailedKillPod", f"failed to take the pod's network down: {error}")
                 await asyncio.sleep(_back_off(tries))
                 tries += 1
-        await self._delete_namespace()
 
     def _runtime(self) -> Runtime:
         files, node = self._state.files, self._node.name

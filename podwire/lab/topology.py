@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import msgspec
 
 from podwire.errors import PodwireError
-from podwire.lab import names
+from podwire.lab import names, process
 from podwire.lab.state import LabState
 
 UNDERLAY_MTU = 1500
@@ -92,10 +92,10 @@ def build(state: LabState) -> None:
     hosts = plan_hosts(state)
     parts = ["underlay", *(host.part for host in hosts)]
     for part in parts:
-        run(["ip", "netns", "add", names.namespace(state.name, part)])
-    _batch(names.namespace(state.name, "underlay"), plan_underlay(state.name, hosts))
+        run(["ip", "netns", "add", names.namespace(state.name, part)], mark=state.name)
+    _batch(state.name, "underlay", plan_underlay(state.name, hosts))
     for host in hosts:
-        _batch(names.namespace(state.name, host.part), host.commands)
+        _batch(state.name, host.part, host.commands)
     if segments(state) > 1:
         _set(state, "outside", _ROUTE)
     _set(state, "balancer", _ROUTE + _SPREAD)
@@ -117,11 +117,11 @@ echo 1 >/proc/sys/net/ipv6/fib_multipath_hash_policy
 
 
 def _set(state: LabState, part: str, script: str) -> None:
-    run(["ip", "netns", "exec", names.namespace(state.name, part), "sh", "-c", script])
+    run(["ip", "netns", "exec", names.namespace(state.name, part), "sh", "-c", script], mark=state.name)
 
 
-def _batch(namespace: str, commands: Sequence[str]) -> None:
-    run(["ip", "-n", namespace, "-batch", "-"], "\n".join(commands) + "\n")
+def _batch(lab: str, part: str, commands: Sequence[str]) -> None:
+    run(["ip", "-n", names.namespace(lab, part), "-batch", "-"], "\n".join(commands) + "\n", mark=lab)
 
 
 def namespaces(lab: str) -> list[str]:
@@ -140,10 +140,15 @@ def delete_namespaces(found: Sequence[str]) -> None:
             raise PodwireError(f"ip netns delete {name}: {done.stderr.strip()}")
 
 
-def run(command: Sequence[str], stdin: str | None = None) -> str:
-    """Runs a command and returns what it prints. Raises PodwireError with its complaint when it fails."""
+def run(command: Sequence[str], stdin: str | None = None, mark: str = "") -> str:
+    """Runs a command and returns what it prints. Raises PodwireError with its complaint when it fails.
+
+    One that makes part of a lab carries its mark: left over from an `up` that was killed, it is found by `down`, and
+    makes no namespace after it.
+    """
+    environment = process.marked_environment(mark) if mark else None
     try:
-        done = subprocess.run(list(command), input=stdin, capture_output=True, text=True, check=False)
+        done = subprocess.run(list(command), input=stdin, capture_output=True, text=True, check=False, env=environment)
     except FileNotFoundError as error:
         raise PodwireError(f"{command[0]} is not installed") from error
     if done.returncode:
