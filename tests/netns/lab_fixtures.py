@@ -14,6 +14,7 @@ from podwire.lab.state import LabState
 from podwire.lab.talk import Answer, ask
 
 _numbers = itertools.count(1)
+PATIENCE = 90.0  # seconds, of what takes two
 Object = dict[str, Any]
 
 
@@ -80,6 +81,6 @@ class Pods:
         target = address if address[0].isdigit() else self.address(address)
         return ask(self.lab.netns("").parent / self.shown(source)["netns"], target, port, protocol)
 
-    def until(self, what: str, holds: Any, seconds: float = 20) -> None:
+    def until(self, what: str, holds: Any, seconds: float = PATIENCE) -> None:
         """Waits until `holds()` is true."""
         process.wait_for(holds, seconds, what)

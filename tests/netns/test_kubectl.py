@@ -58,7 +58,7 @@ class Kubectl:
 
     def run(self, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["kubectl", *words], input=stdin, capture_output=True, text=True, timeout=60, env=self._environment,
+            ["kubectl", *words], input=stdin, capture_output=True, text=True, timeout=300, env=self._environment,
             check=False,
         )  # fmt: skip
 
@@ -79,12 +79,12 @@ def shop(lab: LabState, kubectl: Kubectl) -> Iterator[Kubectl]:
     applied = kubectl("apply", "-f", "-", stdin=MANIFEST)
     try:
         assert applied.splitlines() == ["deployment.apps/web created", "configmap/paint created", "pod/bare created"]
-        kubectl("rollout", "status", "deployment/web", "--timeout=60s")
-        kubectl("wait", "--for=condition=Ready", "pod/bare", "--timeout=60s")
+        kubectl("rollout", "status", "deployment/web", "--timeout=120s")
+        kubectl("wait", "--for=condition=Ready", "pod/bare", "--timeout=120s")
         yield kubectl
     finally:
         kubectl("delete", "--ignore-not-found", "-f", "-", stdin=MANIFEST)
-        kubectl("wait", "--for=delete", "pod", "--all", "--timeout=60s")
+        kubectl("wait", "--for=delete", "pod", "--all", "--timeout=120s")
     assert cluster.client(lab).list(DEPLOYMENTS) == []
     assert cluster.client(lab).list(PODS) == []
 
@@ -145,10 +145,10 @@ def test_services_and_what_goes_with_them(shop: Kubectl) -> None:
     shop("apply", "-f", "-", stdin=SERVICES)
     try:
         ready = "jsonpath={.endpoints[1].conditions.ready}=true"
-        shop("wait", f"--for={ready}", "endpointslice", "-l", "kubernetes.io/service-name=web", "--timeout=60s")
+        shop("wait", f"--for={ready}", "endpointslice", "-l", "kubernetes.io/service-name=web", "--timeout=120s")
         (found,) = rows(shop("get", "endpointslices")).values()
         assert (found[0][:4], found[1], found[2], len(found[3].split(","))) == ("web-", "IPv4", "80", 2)
-        shop("wait", "--for=jsonpath={.status.loadBalancer.ingress[0].ip}", "service/web", "--timeout=60s")
+        shop("wait", "--for=jsonpath={.status.loadBalancer.ingress[0].ip}", "service/web", "--timeout=120s")
         name, kind, cluster_ip, balanced, ports, _ = rows(shop("get", "services"))["web"]
         assert (name, kind, ports) == ("web", "LoadBalancer", "80:30080/TCP")
         assert cluster_ip.startswith("10.96.")
@@ -176,41 +176,41 @@ def test_logs(shop: Kubectl) -> None:
 
 def test_scale_roll_out_and_back(shop: Kubectl) -> None:
     assert shop("scale", "deploy/web", "--replicas=3") == "deployment.apps/web scaled\n"
-    shop("rollout", "status", "deploy/web", "--timeout=60s")
+    shop("rollout", "status", "deploy/web", "--timeout=120s")
     assert rows(shop("get", "deploy"))["web"][1] == "3/3"
     (first,) = rows(shop("get", "rs"))
     shop("set", "image", "deploy/web", "web=web:2")
-    assert "successfully rolled out" in shop("rollout", "status", "deploy/web", "--timeout=60s")
+    assert "successfully rolled out" in shop("rollout", "status", "deploy/web", "--timeout=120s")
     sizes = {name: row[1] for name, row in rows(shop("get", "rs")).items()}
     assert sorted(sizes.values()) == ["0", "3"]
     assert sizes[first] == "0"
     assert {"1", "2"} <= rows(shop("rollout", "history", "deploy/web")).keys()
     shop("rollout", "undo", "deploy/web")
-    shop("rollout", "status", "deploy/web", "--timeout=60s")
+    shop("rollout", "status", "deploy/web", "--timeout=120s")
     sizes = {name: row[1] for name, row in rows(shop("get", "rs")).items()}
     assert sizes[first] == "3", "back to the ReplicaSet that was"
     shop("rollout", "restart", "deploy/web")
-    shop("rollout", "status", "deploy/web", "--timeout=60s")
+    shop("rollout", "status", "deploy/web", "--timeout=120s")
     assert len(rows(shop("get", "rs"))) == 3
     assert "unchanged" in shop("apply", "-f", "-", stdin=MANIFEST.split("---")[1])
     refused = shop.run("scale", "deploy/web", "--replicas=1", "--current-replicas=7")
     assert refused.returncode == 1
     shop("scale", "deploy/web", "--replicas=0")
-    shop("wait", "--for=delete", "pod", "-l", "app=web", "--timeout=60s")
+    shop("wait", "--for=delete", "pod", "-l", "app=web", "--timeout=120s")
     assert list(rows(shop("get", "pods"))) == ["bare"]
 
 
 def test_delete_with_and_without_what_is_owned(shop: Kubectl) -> None:
     (gone, *_) = shop("get", "pods", "-l", "app=web", "-o", "name").split()
     shop("delete", gone)
-    shop("wait", "--for=condition=Available", "deploy/web", "--timeout=60s")
-    shop("rollout", "status", "deploy/web", "--timeout=60s")
+    shop("wait", "--for=condition=Available", "deploy/web", "--timeout=120s")
+    shop("rollout", "status", "deploy/web", "--timeout=120s")
     names = shop("get", "pods", "-l", "app=web", "-o", "name").split()
     assert gone not in names
     shop("delete", "deploy", "web", "--cascade=orphan")
     assert len(shop("get", "pods,rs", "-l", "app=web", "-o", "name").split()) == 3
     shop("delete", "rs", "-l", "app=web")
-    shop("wait", "--for=delete", "pod", "-l", "app=web", "--timeout=60s")
+    shop("wait", "--for=delete", "pod", "-l", "app=web", "--timeout=120s")
 
 
 def test_a_manifest_that_is_wrong_is_refused_with_the_field(kubectl: Kubectl) -> None:

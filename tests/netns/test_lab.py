@@ -19,7 +19,7 @@ from podwire.lab.api.kinds import PODS
 from podwire.lab.state import LabState
 from podwire.lab.status import node_status
 from podwire.lab.talk import ask
-from tests.netns.lab_fixtures import Pods, pod
+from tests.netns.lab_fixtures import PATIENCE, Pods, pod
 
 ECHO = {"name": "web", "image": "echo", "ports": [{"containerPort": 80}]}
 WEB_ON_HOST = {"name": "web", "image": "echo", "ports": [{"containerPort": 8080}]}
@@ -27,7 +27,7 @@ WEB_ON_HOST = {"name": "web", "image": "echo", "ports": [{"containerPort": 8080}
 
 def cli(lab: LabState, verb: str, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "podwire.cli.main", "lab", verb, "--name", lab.name, *words]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="class")
@@ -128,17 +128,21 @@ def test_deletion_leaves_no_namespace_link_or_process(lab: LabState) -> None:
         shown = topology.run(["ip", "-n", names.namespace(lab.name, "node1"), "-j", "link"])
         return {link["ifname"] for link in json.loads(shown) if link.get("link_index")}
 
-    before = links()
+    def nothing_but_its_own() -> bool:
+        return links() == {"eth0"}
+
+    process.wait_for(nothing_but_its_own, PATIENCE, "the links of the tests before to go")
     # A daemon of its own session, without the lab's mark: it must not keep the namespace alive.
     stray = {"name": "stray", "command": ["sh", "-c", "env -i setsid sleep 1000 & exec sleep 1000"]}
     with Pods(lab, [pod("gone", ECHO, stray, nodeName="node1")]) as pods:
         netns = Path(pods.shown("gone")["netns"])
         inode = frozenset({netns.stat().st_ino})
-        assert len(process.in_namespaces(inode)) == 3
-        assert len(links()) == len(before) + 1
+        # What a command starts is there some time after it: the container runs from its first process on.
+        pods.until("all processes of the pod", lambda: len(process.in_namespaces(inode)) == 3)
+        assert len(links()) == 2
     assert not netns.exists()
     assert process.in_namespaces(inode) == []
-    process.wait_for(lambda: links() == before, 20, "the link to go")
+    process.wait_for(nothing_but_its_own, PATIENCE, "the link to go")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from podwire.lab import cluster, demo, names, process, state, topology
 from podwire.lab.state import LabState
-from tests.netns.lab_fixtures import Pods
+from tests.netns.lab_fixtures import PATIENCE, Pods
 
 NAT = "table ip wrong { chain post { type nat hook postrouting priority 300; ip daddr 10.244.0.0/16 masquerade; }; }"
 
@@ -33,7 +33,7 @@ def left_of(lab: str) -> list[object]:
 
 def test_it_shows_what_it_promises_and_ends_with_ok() -> None:
     running = start_demo()
-    said, _ = running.communicate(timeout=120)
+    said, _ = running.communicate(timeout=600)
     assert running.returncode == 0, said
     assert said.rstrip().endswith("demo: OK")
     for pattern in (
@@ -57,9 +57,9 @@ def test_interrupted_it_leaves_nothing(how: signal.Signals) -> None:
     running = start_demo()
     lab = lab_of(running)
     try:
-        process.wait_for(lambda: bool(topology.namespaces(lab)), 60, "the lab to be built")
+        process.wait_for(lambda: bool(topology.namespaces(lab)), PATIENCE, "the lab to be built")
         running.send_signal(how)
-        said, _ = running.communicate(timeout=60)
+        said, _ = running.communicate(timeout=300)
         assert (running.returncode, said.splitlines()[-1]) == (130, "demo: interrupted")
         assert left_of(lab) == []
     finally:

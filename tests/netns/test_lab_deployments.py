@@ -17,13 +17,13 @@ from podwire.lab.api.client import path
 from podwire.lab.api.kinds import DEPLOYMENTS, PODS, REPLICA_SETS
 from podwire.lab.state import LabState
 from podwire.lab.talk import ask
-from tests.netns.lab_fixtures import Pods, pod
+from tests.netns.lab_fixtures import PATIENCE, Pods, pod
 
 Object = dict[str, Any]
 
 
 def deployment(name: str, replicas: int, image: str = "web:1", **spec: Any) -> Object:
-    probe = {"httpGet": {"port": 80}, "periodSeconds": 1}
+    probe = {"httpGet": {"port": 80}, "periodSeconds": 1, "timeoutSeconds": 30}  # a slow answer is one
     container = {"name": "web", "image": image, "ports": [{"containerPort": 80}], "readinessProbe": probe}
     return {
         "apiVersion": "apps/v1",
@@ -83,9 +83,9 @@ def test_thirty_pods_come_spread_answer_and_go(lab: LabState) -> None:
         survivors = deployment("web", 2)
         pods.apply(survivors)
         assert pods.addresses("web").items() <= addresses.items(), "those that stay keep their addresses"
-        process.wait_for(lambda: len(topology.namespaces(lab.name)) == len(before) + 3, 20, "the others to go")
+        process.wait_for(lambda: len(topology.namespaces(lab.name)) == len(before) + 3, PATIENCE, "the others to go")
     assert topology.namespaces(lab.name) == before
-    process.wait_for(lambda: links_of_pods(lab) == 0, 20, "the last link to go")
+    process.wait_for(lambda: links_of_pods(lab) == 0, PATIENCE, "the last link to go")
     assert cluster.client(lab).list(REPLICA_SETS) == []
 
 
@@ -128,10 +128,10 @@ def test_a_rollout_leaves_no_moment_without_a_pod_that_answers(lab: LabState) ->
         asking.start()
         try:
             before = set(pods.of("web"))
+            pods.until("an answer", lambda: bool(answers))
             pods.apply(deployment("web", 2, "web:2"))
             after = set(pods.of("web"))
-            seen = len(answers)
-            pods.until("another answer", lambda: len(answers) > seen)
+            pods.until("an answer of the new ones", lambda: bool(set(answers) & after))
         finally:
             stop.set()
             asking.join()
@@ -139,7 +139,6 @@ def test_a_rollout_leaves_no_moment_without_a_pod_that_answers(lab: LabState) ->
         assert not before & after
         assert {pod.rpartition("-")[0] for pod in after} != {pod.rpartition("-")[0] for pod in before}
         assert set(answers) & before
-        assert set(answers) & after
 
 
 def test_pods_that_do_not_get_ready_stop_a_rollout(lab: LabState) -> None:
@@ -159,7 +158,7 @@ def test_pods_that_do_not_get_ready_stop_a_rollout(lab: LabState) -> None:
 def test_the_command_waits_for_deployments_shows_their_logs_and_deletes_them(lab: LabState, tmp_path: Path) -> None:
     def cli(verb: str, *words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "podwire.cli.main", "lab", verb, "--name", lab.name, *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
     spoken = deployment("talk", 1)
     init = {"name": "first", "command": ["echo", "from $(HOSTNAME)"]}

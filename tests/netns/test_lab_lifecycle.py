@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from podwire.cli.main import main
 from podwire.errors import PodwireError
 from podwire.lab import cluster, names, process, state, topology
 from podwire.lab.cluster import SUPERVISOR
 from podwire.lab.names import LabFiles
 from podwire.lab.node import daemon_role, holder_role
 from podwire.lab.state import LabState
-from tests.netns.lab_fixtures import Pods, fresh_name, pod
+from tests.netns.lab_fixtures import PATIENCE, Pods, fresh_name, pod
 
 
 @pytest.fixture
@@ -47,9 +48,9 @@ def machine() -> str:
         ["ip", "-o", "link"], ["ip", "-o", "address"], ["ip", "route", "show", "table", "all"], ["ip", "rule"],
         ["nft", "list", "tables"], ["sysctl", "net.ipv4.ip_forward"],
     ]  # fmt: skip
-    # Addresses that the machine learnt carry the seconds for which they are good.
-    lines = [line for words in shown for line in topology.run(words).splitlines()]
-    return "\n".join(" ".join(line.split()).partition(" valid_lft")[0] for line in lines)
+    # What the machine learnt (addresses, routes) carries the seconds for which it is good.
+    lines = [" ".join(line.split()) for words in shown for line in topology.run(words).splitlines()]
+    return "\n".join(line.partition(" valid_lft")[0].partition(" expires")[0] for line in lines)
 
 
 def start_up(lab: str, *words: str, **environment: str) -> subprocess.Popen[str]:
@@ -57,16 +58,30 @@ def start_up(lab: str, *words: str, **environment: str) -> subprocess.Popen[str]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
 
 
+def in_place_of(program: str, script: str, folder: Path) -> str:
+    """A PATH on which a script takes the place of a program."""
+    stand_in = folder / program
+    stand_in.write_text(f"#!/bin/sh\n{script}\n")
+    stand_in.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 def test_up_and_down_leave_nothing_and_do_not_touch_the_machine(name: str) -> None:
     before = machine()
     lab = cluster.up(LabState(name=name, nodes=state.plan_nodes(2)))
     cluster.wait_ready(lab, cluster.apply(lab, [pod("a"), pod("b")]))
     during = machine()
-    pids = process.marked(name)
-    assert len(pids) == 2 + 2 + 2 + 2, "etcd and supervisor, and on each node holder, daemon and pod"
+    pids: list[int] = []
+
+    def no_more_and_no_less() -> bool:  # a daemon's helpers, such as nft, come and go
+        pids[:] = process.marked(name)
+        return len(pids) == 2 + 2 + 2 + 2
+
+    what = "etcd and supervisor, and on each node holder, daemon and pod, to be all that runs"
+    process.wait_for(no_more_and_no_less, PATIENCE, what)
     assert cluster.down(name)
     assert left_of(name) == []
-    process.wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 10, "no zombie to be left")
+    process.wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), PATIENCE, "no zombie to be left")
     assert during == before
     assert machine() == before
     assert not cluster.down(name), "there is nothing left to remove"
@@ -80,9 +95,10 @@ def test_down_after_the_supervisor_was_killed(name: str) -> None:
     supervisor = process.recorded(lab.files, SUPERVISOR)
     assert supervisor is not None
     supervisor.kill()
-    assert supervisor.wait_gone(10)
+    assert supervisor.wait_gone(PATIENCE)
     inode = frozenset({lab.pod_netns("default", "a").stat().st_ino})
-    assert len(process.in_namespaces(inode)) == 2, "pods outlive the supervisor"
+    # What its command starts may be there only some time after the container.
+    process.wait_for(lambda: len(process.in_namespaces(inode)) == 2, PATIENCE, "both, which outlive the supervisor")
     cluster.down(name)
     assert left_of(name) == []
     assert process.in_namespaces(inode) == []
@@ -100,13 +116,13 @@ MOMENTS: list[tuple[str, Callable[[LabFiles], bool]]] = [
 @pytest.mark.parametrize(("how", "cleans_up"), [(signal.SIGKILL, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
 @pytest.mark.parametrize("moment", [pytest.param(reached, id=text) for text, reached in MOMENTS])
 def test_up_that_is_ended_in_the_middle(
-    name: str, moment: Callable[[LabFiles], bool], how: signal.Signals, cleans_up: bool
+    name: str, tmp_path: Path, moment: Callable[[LabFiles], bool], how: signal.Signals, cleans_up: bool
 ) -> None:
     files = LabFiles(name)
-    up = start_up(name)
-    process.wait_for(lambda: moment(files), 30, "the moment")
+    up = start_up(name, PATH=in_place_of("etcd", "exec sleep 1000", tmp_path))  # so it is in the middle until the end
+    process.wait_for(lambda: moment(files), PATIENCE, "the moment")
     up.send_signal(how)
-    up.communicate(timeout=60)
+    up.communicate(timeout=300)
     assert up.returncode == (130 if cleans_up else -signal.SIGKILL)
     if cleans_up:
         assert left_of(name) == []
@@ -138,7 +154,7 @@ def test_labs_side_by_side_do_not_see_each_other(name: str) -> None:
 def test_up_of_a_lab_that_is_there_names_the_way_out(name: str) -> None:
     cluster.up(LabState(name=name, nodes=state.plan_nodes(1)))
     again = start_up(name)
-    _, said = again.communicate(timeout=60)
+    _, said = again.communicate(timeout=300)
     assert (again.returncode, said) == (
         1,
         f"podwire lab: lab {name} exists; `podwire lab down --name {name}` removes it\n",
@@ -154,11 +170,8 @@ def test_up_of_a_lab_that_is_there_names_the_way_out(name: str) -> None:
     ],
 )
 def test_up_that_fails_says_why_and_leaves_nothing(name: str, tmp_path: Path, break_it: str, complaint: str) -> None:
-    broken = tmp_path / break_it
-    broken.write_text("#!/bin/sh\necho 'no luck today' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    up = start_up(name, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    _, said = up.communicate(timeout=60)
+    up = start_up(name, PATH=in_place_of(break_it, "echo 'no luck today' >&2; exit 1", tmp_path))
+    _, said = up.communicate(timeout=300)
     assert up.returncode == 1
     assert complaint in said
     assert "no luck today" in said
@@ -185,10 +198,15 @@ def test_up_that_fails_says_why_and_leaves_nothing(name: str, tmp_path: Path, br
         (["-f", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
 )
-def test_up_refuses_in_one_line_what_it_cannot_do(name: str, words: list[str], complaint: str) -> None:
-    up = start_up(name, *words)
-    _, said = up.communicate(timeout=60)
-    assert up.returncode == 1
+def test_up_refuses_in_one_line_what_it_cannot_do(
+    name: str, words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)  # a process of its own would cost most of a second
+    try:
+        assert main(["lab", "up", "--name", name, "--nodes", "2", *words]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr().err
     assert complaint in said
     assert said.count("\n") == 1
     assert left_of(name) == []
