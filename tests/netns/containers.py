@@ -28,7 +28,7 @@ WHOLE = {
     },
 }
 """Asks for ports of the node, and for limits in both directions, too."""
-PATIENCE = 30.0
+PATIENCE = 90.0
 T = TypeVar("T")
 
 
@@ -123,6 +123,20 @@ def status(lab: LabState, node_name: str) -> agent_pb2.GetStatusResponse:
     said = daemon_status(lab.files.ipamd_socket(node_name))
     assert said is not None, f"no daemon on {node_name}"
     return said
+
+
+def add(box: Container, config: dict[str, Any] | None = None) -> Answer:
+    """An ADD, repeated while it is told to try again later, as a kubelet repeats it: a claim of a block waits for etcd
+    longer than an ADD may."""
+    answers = [box.call("ADD", config)]
+
+    def is_told() -> bool:
+        if answers[-1].error == 11:
+            answers.append(box.call("ADD", config))
+        return answers[-1].error != 11
+
+    process.wait_for(is_told, PATIENCE, "an ADD that is told something else than to try again")
+    return answers[-1]
 
 
 def add_again(box: Container, record: Callable[[str, object], None], since: float) -> Answer:
