@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Mapping
 from functools import lru_cache
 
-from kube_proxy_lite.model import Address
+from kube_proxy_lite.model import Address, Network
 from kube_proxy_lite.policy.model import Flow
 from kube_proxy_lite.render.nftables_listing import TableListing
 from kube_proxy_lite.render.nftables_tracer import UnknownRule
@@ -151,9 +151,9 @@ class _Iptables:
         flow = self._flow
         match option:
             case "-s":
-                return flow.source in ipaddress.ip_network(value)
+                return flow.source in _network(value)
             case "-d":
-                return flow.destination in ipaddress.ip_network(value)
+                return flow.destination in _network(value)
             case "-p":
                 return flow.protocol.lower() == value
             case "--dport" | "--dports":
@@ -195,10 +195,15 @@ def _parse(rule: str) -> tuple[tuple[tuple[str, str, bool], ...], str, str]:
     return tuple(matches), words[at], words[at + 1]
 
 
+@lru_cache(maxsize=4096)
+def _network(text: str) -> Network:
+    return ipaddress.ip_network(text)
+
+
 def _holds_port(text: str, port: int) -> bool:
     first, _, last = text.partition("-")
     return int(first) <= port <= int(last or first)
 
 
 def _is_in(address: Address, elements: Mapping[str, str]) -> bool:
-    return str(address) in elements or any("/" in each and address in ipaddress.ip_network(each) for each in elements)
+    return str(address) in elements or any("/" in each and address in _network(each) for each in elements)

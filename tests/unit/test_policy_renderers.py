@@ -66,14 +66,15 @@ class Nft:
         """What passes after every commit that a change is."""
         for script in self.renderer.update(policies.drain(), blocks if policies.any else NO_BLOCKS):
             self.kernel.run(script)
-            yield self.passes
+            yield self.now()
 
     def do(self, scripts: tuple[str, ...]) -> None:
         for script in scripts:
             self.kernel.run(script)
 
-    def passes(self, flow: Flow) -> bool:
-        return passes_nftables(self.kernel.tables[TABLE], flow)
+    def now(self) -> Callable[[Flow], bool]:
+        """What passes now."""
+        return partial(passes_nftables, self.kernel.tables[TABLE])
 
     def state(self) -> Any:
         listing = self.kernel.tables[TABLE]
@@ -100,8 +101,9 @@ class Iptables:
         for listing in self.kernel.each(steps):
             yield partial(passes_iptables, listing)
 
-    def passes(self, flow: Flow) -> bool:
-        return passes_iptables(self.kernel.listing(), flow)
+    def now(self) -> Callable[[Flow], bool]:
+        """What passes now: listed once, for as many flows as are asked for."""
+        return partial(passes_iptables, self.kernel.listing())
 
     def state(self) -> Any:
         listing = self.kernel.listing()
@@ -163,7 +165,8 @@ def test_packets_pass_as_the_evaluator_says_and_at_no_moment_otherwise(
                 may_close = not mode.atomic and {flow.source, flow.destination} <= passed_on
                 if before[flow] is after[flow] and not (after[flow] and may_close):
                     assert passes(flow) is after[flow], (flow, event)
-        assert {flow: mode.passes(flow) for flow in ALL} == after
+        passes = mode.now()
+        assert {flow: passes(flow) for flow in ALL} == after
         assert mode.drift() == ()
         before = after
 
@@ -206,7 +209,8 @@ def test_a_restart_after_changes_that_nobody_saw_leaves_what_should_be(
         after.do(after.renderer.resync(listing_of(listing)))
     else:
         mode.kernel.commit(after.renderer.resync(mode.kernel.listing()))
-    wrong = [flow for flow in ALL if after.passes(flow) is not allowed(fresh, BLOCKS, flow)]
+    passes = after.now()
+    wrong = [flow for flow in ALL if passes(flow) is not allowed(fresh, BLOCKS, flow)]
     assert wrong == []
     assert after.drift() == ()
 
@@ -238,7 +242,8 @@ def test_a_node_with_hundreds_of_pods_is_as_one_that_is_rendered_anew(make: Any)
         assert mode.drift() == ()
         ends = [ipaddress.ip_address("10.1.0.0") + dice.randrange(802) for _ in range(24)]
         flows = [Flow(source=a, destination=b, protocol="TCP", port=80) for a, b in itertools.pairwise(ends)]
-        assert [flow for flow in flows if mode.passes(flow) is not allowed(policies, blocks, flow)] == []
+        passes = mode.now()
+        assert [flow for flow in flows if passes(flow) is not allowed(policies, blocks, flow)] == []
     assert len(there) > 50
 
 
@@ -330,7 +335,8 @@ def test_a_moment_opens_nothing_and_closes_nothing(
     for passes in mode.update(policies, blocks):
         wrong = [flow for flow in PAIRS if before[flow] is after[flow] is not passes(flow)]
         assert wrong == []
-    assert [flow for flow in PAIRS if mode.passes(flow) is not after[flow]] == []
+    passes = mode.now()
+    assert [flow for flow in PAIRS if passes(flow) is not after[flow]] == []
 
 
 @BOTH
@@ -345,5 +351,6 @@ def test_every_case_is_rendered_as_it_is_judged(make: Any, steps: tuple[Step, ..
         for manifest in step.put:
             put(policies, manifest)
         list(mode.update(policies, POD_BLOCKS))
-        assert [flow for flow in PAIRS if mode.passes(flow) is not allowed(policies, POD_BLOCKS, flow)] == []
+        passes = mode.now()
+        assert [flow for flow in PAIRS if passes(flow) is not allowed(policies, POD_BLOCKS, flow)] == []
         assert mode.drift() == ()
