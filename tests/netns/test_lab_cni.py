@@ -8,12 +8,16 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from podwire.lab import names, node, topology
+from podwire.errors import PodwireError
+from podwire.lab import names, node, process, topology
 from podwire.lab.cni import Attachment, CniError, Runtime, result_addresses
+from podwire.lab.sandbox import Sandbox
 from podwire.lab.state import MARK, LabState
+from tests.netns.lab_fixtures import pod
 
 DEBIAN = Path("/usr/lib/cni")
 CHAIN = {
@@ -71,6 +75,38 @@ def test_a_chain_hands_results_on_and_is_undone_in_reverse(
     asyncio.run(reference.delete(container, result))
     assert "18080" not in topology.run(rules)
     assert [link["ifname"] for link in json.loads(topology.run(["ip", "-n", inside, "-j", "link"]))] == ["lo"]
+
+
+def test_a_pods_network_goes_though_its_processes_outlive_the_first_attempt(
+    lab: LabState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that stalls may take longer to end them than is waited for: the pod must not stay for good."""
+    torn = pod("torn", nodeName="node1")
+    torn["metadata"]["uid"] = "torn"
+    said: list[tuple[str, str]] = []
+    kill_all, tried = process.kill_all, []
+
+    def too_slow_once(*arguments: Any) -> None:
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise PodwireError("waited 5 s for the lab's processes to end")
+        kill_all(*arguments)
+
+    async def story() -> None:
+        sandbox = Sandbox(lab, torn, lambda reason, message: said.append((reason, message)))
+        try:
+            assert await sandbox.attach(asyncio.Event())
+            assert lab.pod_netns("default", "torn").exists()
+            monkeypatch.setattr(process, "kill_all", too_slow_once)
+            await sandbox.detach()
+        finally:
+            monkeypatch.undo()
+            await sandbox.detach()
+
+    asyncio.run(story())
+    assert [reason for reason, _ in said] == ["FailedKillPod"], said
+    assert len(tried) == 2
+    assert not lab.pod_netns("default", "torn").exists()
 
 
 @pytest.mark.parametrize(
