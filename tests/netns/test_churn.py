@@ -20,7 +20,7 @@ from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
 from tests.netns.containers import Container, containers, pod_links, status
 
-PATIENCE = 30.0
+PATIENCE = 90.0
 AT_ONCE = 20
 THREADS = (os.cpu_count() or 1) + 4
 """How many threads asyncio keeps for what blocks; it begins them one by one."""
@@ -94,12 +94,18 @@ def test_nothing_grows_with_the_number_of_calls(
         descriptors, threads, memory = daemon.descriptors(), daemon.threads(), daemon.memory()
         churn(boxes, max(1, rounds - rounds // 2))
         settled(lab)
-        process.wait_for(lambda: daemon.descriptors() == descriptors, PATIENCE, f"no more than {descriptors}")
+        # The question itself may have been open still when the first half was looked at: fewer are as good.
+        process.wait_for(lambda: are_within(daemon.descriptors(), descriptors), PATIENCE, f"no more than {descriptors}")
         assert daemon.threads() <= threads + THREADS
         grown = daemon.memory() - memory
         record_property("grown_bytes", grown)
         assert grown < 2_000_000, f"{grown} bytes more after {calls // 2} calls"
         assert [box.name for box in boxes if "eth0" in box.links()] == []
+
+
+def are_within(now: dict[str, int], before: dict[str, int]) -> bool:
+    """Whether there are no more of any kind than before."""
+    return all(count <= before.get(kind, 0) for kind, count in now.items())
 
 
 def settled(lab: LabState) -> None:

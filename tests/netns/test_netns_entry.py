@@ -43,7 +43,7 @@ def test_the_thread_is_back_after_a_failure(pod: Netns) -> None:
         raise KeyError("inside")
     os.close(fd)
     assert own() == before
-    assert descriptors() == open_before
+    assert descriptors() <= open_before
 
 
 def test_a_socket_belongs_to_where_it_was_opened(pod: Netns) -> None:
@@ -65,7 +65,7 @@ def test_nothing_stays_open(pod: Netns) -> None:
         with container(fd, "lo") as (route, _):
             route.get_links()
         os.close(fd)
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_a_deleted_namespace_ends_although_it_was_entered(pod: Netns) -> None:
@@ -114,4 +114,4 @@ def test_our_own_is_refused(path: str) -> None:
     before = descriptors()
     with pytest.raises(NetnsError, match="own network namespace"):
         open_netns(path)
-    assert descriptors() == before
+    assert descriptors() <= before

@@ -311,5 +311,8 @@ def test_what_others_have_on_the_node_is_not_touched(tmp_path: Path) -> None:
 
 
 def foreign_state(node: Node) -> object:
-    links = [(each["ifname"], each.get("master"), each["flags"]) for each in node.json("link", "show")]
-    return links[:1] + sorted(links[1:]), node.ip("route"), node.run("nft", "list", "ruleset")
+    """What others have there. Whether a link has a carrier follows the pods by and by, and is not theirs."""
+    carrier = {"NO-CARRIER", "LOWER_UP"}
+    links = [(each["ifname"], each.get("master"), {*each["flags"]} - carrier) for each in node.json("link", "show")]
+    routes = node.ip("route").replace(" linkdown", "")
+    return sorted(links, key=lambda link: link[0]), routes, node.run("nft", "list", "ruleset")

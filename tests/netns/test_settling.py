@@ -17,7 +17,7 @@ from podwire.v1 import policy_pb2
 from tests.netns.node_fixtures import Engine, Netns, Node, block, hold, key, play, pods
 
 CIDR = ipaddress.ip_network("10.244.1.0/28")
-PATIENCE = 20.0
+PATIENCE = 120.0
 
 
 class Proxy:
