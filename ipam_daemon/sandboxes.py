@@ -17,7 +17,7 @@ from ipam_daemon.facts import Sandbox
 from podwire.errors import PodwireError, TryAgain
 from podwire.v1 import runtime_pb2
 
-_SECONDS = 5.0
+_SECONDS = 20.0
 _SERVICE = "/runtime.v1.RuntimeService/"
 _OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
 

@@ -8,7 +8,7 @@ from podwire.lab.agent import daemon_status
 from podwire.lab.state import LabState
 from podwire.v1 import agent_pb2, agent_pb2_grpc
 
-_SECONDS = 10
+_SECONDS = 60
 
 
 def attachments(lab: LabState, node: str) -> dict[str, agent_pb2.Attachment]:

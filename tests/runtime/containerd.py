@@ -24,7 +24,7 @@ from podwire.lab.state import MARK, LabState
 from tests.runtime.cri import Cri
 from tests.runtime.image import REFERENCE, write_image
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 LOOPBACK = Path("/usr/lib/cni/loopback")
 """What containerd attaches to every sandbox before the network; of Debian's containernetworking-plugins."""
 CGROUPS = Path("/sys/fs/cgroup")
@@ -118,7 +118,17 @@ class Containerd:
 
 
 def remove_cgroups(lab: str) -> None:
-    """Removes the control groups of a lab's containers; runc leaves the one that they are in, a killed shim all."""
-    for group in CGROUPS.glob(f"**/{lab}"):
-        for folder, _, _ in os.walk(group, topdown=False):
-            Path(folder).rmdir()
+    """Removes the control groups of a lab's containers; runc leaves the one that they are in, a killed shim all.
+
+    One is busy for as long as the kernel has not done with its last process.
+    """
+
+    def are_gone() -> bool:
+        groups = [os.path.join(folder, lab) for folder, inner, _ in os.walk(CGROUPS) if lab in inner]
+        for group in groups:
+            for folder, _, _ in os.walk(group, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+        return not groups
+
+    process.wait_for(are_gone, PATIENCE, "the control groups to go")

@@ -19,7 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, json_format, messag
 from grpc_tools import protoc
 
 _PROTO = Path(__file__).with_name("cri.proto")
-_SECONDS = 60.0
+_SECONDS = 120.0
 Object = dict[str, Any]
 
 

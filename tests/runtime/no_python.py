@@ -22,7 +22,7 @@ from podwire.errors import PodwireError
 from podwire.lab import node, process
 from podwire.lab.state import LabState
 
-_PATIENCE = 30.0
+_PATIENCE = 90.0
 _SYSTEM = Path("/usr")
 # The overlay's upper folder is on a tmpfs of its own: it may not be on another overlay, as a container's root is.
 _HOLDER = """\

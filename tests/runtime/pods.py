@@ -89,7 +89,7 @@ class Pods:
 
 def pings(source: Path, address: str) -> bool:
     """Whether a packet from the network namespace `source` is answered by `address`."""
-    words = ["nsenter", f"--net={source}", "--", "ping", "-n", "-c1", "-W2", address]
+    words = ["nsenter", f"--net={source}", "--", "ping", "-n", "-c1", "-W20", address]
     return subprocess.run(words, capture_output=True, check=False).returncode == 0
 
 

@@ -30,7 +30,7 @@ def test_containers_keep_their_network_while_containerd_and_the_daemon_restart(
 ) -> None:
     started = containerd.run("stay", "sleep 600", "--detach")
     assert started.returncode == 0, started.stderr
-    probe = partial(containerd.ctr, "task", "exec", "--exec-id", "probe", "stay", "ping", "-c1", "-W2", peer)
+    probe = partial(containerd.ctr, "task", "exec", "--exec-id", "probe", "stay", "ping", "-c1", "-W20", peer)
     assert probe().returncode == 0
     containerd.stop()
     node.stop_daemon(lab, "node1")

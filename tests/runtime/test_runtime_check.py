@@ -18,7 +18,7 @@ from tests.runtime.containerd import Containerd
 from tests.runtime.pods import Pods
 
 ENDPOINT = "unix:///run/containerd/containerd.sock"
-PATIENCE = 20.0
+PATIENCE = 90.0
 
 
 def check(lab: LabState, *flags: str, endpoint: str = ENDPOINT) -> dict[str, Any]:
