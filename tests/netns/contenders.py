@@ -36,7 +36,7 @@ VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
 DEBIAN = Path("/usr/lib/cni")
 DEBIAN_VERSIONS = ("0.3.1", "0.4.0", "1.0.0")
 """What Debian 12's plugins (1.1.1) speak."""
-PATIENCE = 10.0
+PATIENCE = 90.0
 RELEASING = agent_pb2.Attachment.STATE_RELEASING
 Config = dict[str, Any]
 
@@ -275,6 +275,20 @@ def everything(it: Contender) -> dict[str, object]:
             "sh", "-c", "ip -br link; ip -br addr; ip route; ip -6 route; nft -s list ruleset"
         ).splitlines(),
     }
+
+
+def settle(box: Container) -> None:
+    """Waits until the kernel has done with a container's new interface what it does by itself: up, with a link-local
+    address that it has checked."""
+
+    def is_settled() -> bool:
+        (link,) = json.loads(box.run("ip", "-j", "address", "show", "dev", "eth0").stdout)
+        local = [each for each in link["addr_info"] if each["scope"] == "link"]
+        return (
+            link["operstate"] == "UP" and bool(local) and not any(each.get("tentative") for each in link["addr_info"])
+        )
+
+    process.wait_for(is_settled, PATIENCE, "the kernel to be done with eth0")
 
 
 def inside(box: Container) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.netns.conformance_fixtures import OLD, box, boxes, container_end, default_gateways, eth0, it, lab
 from tests.netns.containers import Container, at_once
-from tests.netns.contenders import Config, Contender, rows
+from tests.netns.contenders import Config, Contender, rows, settle
 
 __all__ = ["box", "boxes", "it", "lab"]
 
@@ -227,6 +227,7 @@ def test_the_del_after_it_leaves_it_alone_too(it: Contender, box: Container) -> 
 @rows()
 def test_an_add_that_is_repeated_fails_and_changes_nothing(it: Contender, box: Container) -> None:
     result = it.add(box)
+    settle(box)
     before, held = eth0(box), it.held()
     assert it.call("ADD", box).error != 0
     assert (eth0(box), it.held()) == (before, held)

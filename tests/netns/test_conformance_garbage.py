@@ -19,10 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ipam_daemon.identity import boottime_ns
+from podwire.lab import process
 from podwire.v1 import cni_pb2, cni_pb2_grpc
 from tests.netns.conformance_fixtures import lab
 from tests.netns.containers import Container, containers
-from tests.netns.contenders import PATIENCE, VERSIONS, Config, Podwire, Said, everything, inside
+from tests.netns.contenders import PATIENCE, VERSIONS, Config, Podwire, Said, everything, inside, settle
 
 __all__ = ["lab"]
 
@@ -61,9 +62,17 @@ def stage(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]
     (odd / "dangling").symlink_to(odd / "nowhere")
     with containers(lab, "node1", "bin", 2) as (attached, box):
         result = it.add(attached)
+        settle(attached)
+        process.wait_for(lambda: bridge_is_up(it), PATIENCE, "the kernel to say that the bridge is up")
         yield Stage(it, attached, result, box, odd, it.held())
         it.delete(attached)
         it.wait_held(set())
+
+
+def bridge_is_up(it: Podwire) -> bool:
+    """Whether all of it has followed the first wire: the kernel takes up to a second to tell."""
+    shown = it.on_node("sh", "-c", "ip -br link show dev pw0; ip -6 -br address show dev pw0; ip route show dev pw0")
+    return shown.split()[1] == "UP" and "fe80:" in shown and "linkdown" not in shown
 
 
 def refused(said: Said, code: int) -> str:
