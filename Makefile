@@ -33,7 +33,7 @@ test: ## run the tests that take seconds (as root: all tiers but vm and kind)
 test-all: test-bare ## run every test that this machine can run, after test-bare (root)
 	@$(SETUP) run test bench vm
 	@deploy/dev/vm-kernel
-	@$(BIN)/python -m pytest tests $(ARGS)
+	@$(BIN)/python -m pytest --hypothesis-profile=exploring tests $(ARGS)
 
 test-bare: ## prove the set-up in a fresh Debian 12 root made by mmdebstrap (root)
 	@$(SETUP) --root 'make test-bare' run bare

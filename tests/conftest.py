@@ -37,8 +37,17 @@ import pytest
 
 pytest_plugins = ("tests.reliability",)
 
-# What `make test` draws is the same each time, so that two runs of one commit say the same; `make test-all` explores.
-hypothesis.settings.register_profile("repeatable", derandomize=True)
+# No example has a deadline, and none is found slow to draw: a machine that stalls for a second is no counterexample.
+# To make a counterexample small may take five minutes, so a suite only says which it found; `make test` draws the same
+# each time, so that two runs of one commit say the same, `make test-all` explores. A test that is run by itself shrinks.
+patient = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], report_multiple_bugs=False, print_blob=True
+)
+unshrunk = [phase for phase in hypothesis.Phase if phase not in (hypothesis.Phase.shrink, hypothesis.Phase.explain)]
+hypothesis.settings.register_profile("patient", patient)
+hypothesis.settings.register_profile("repeatable", patient, derandomize=True, phases=unshrunk)
+hypothesis.settings.register_profile("exploring", patient, phases=unshrunk)
+hypothesis.settings.load_profile("patient")
 
 # --- tiers ------------------------------------------------------------------------------------------------------
 
