@@ -39,7 +39,7 @@ pytest_plugins = ("tests.reliability",)
 
 # No example has a deadline, and none is found slow to draw: a machine that stalls for a second is no counterexample.
 # To make a counterexample small may take five minutes, so a suite only says which it found; `make test` draws the same
-# each time, so that two runs of one commit say the same, `make test-all` explores. A test that is run by itself shrinks.
+# each time, so that two runs of one commit say the same, `make test-all` explores. A test run by itself does shrink.
 patient = hypothesis.settings(
     deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], report_multiple_bugs=False, print_blob=True
 )
