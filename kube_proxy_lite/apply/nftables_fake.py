@@ -163,12 +163,13 @@ def _add(elements: dict[str, str], name: str, key: str, value: str) -> None:
 
 
 def _check_targets(script: str, before: dict[str, TableListing]) -> None:
-    """A packet that is on its way would find such a chain without rules; none is while a table is being made."""
-    if "add table" in script:
-        return
-    for line in script.splitlines():
+    """A packet that is on its way would find such a chain without rules; none is in a table that is being made."""
+    lines = script.splitlines()
+    for line in lines:
         if match := _COMMANDS["add_element"].fullmatch(line):
             table, _, elements = match.groups()
+            if table not in before or f"delete table {table}" in lines:
+                continue
             for target in re.findall(r"(?:goto|jump) (\w+)", elements):
                 if not before[table].chains.get(target):
                     raise ApplyFailed(f"{line[:200]}: packets find {target} without rules")

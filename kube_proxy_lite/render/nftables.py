@@ -196,7 +196,7 @@ class _Table:
     def _make_chain(self, name: str, batch: Batch, commands: list[str]) -> None:
         commands += make_chain(self.words, name, chain_rules(self.words, name))
         if seconds := seconds_learned(self.words, name):
-            batch.learning.append(Learning(self.words.version, name, seconds))
+            batch.learning[f"add chain {self.words.table} {name}"] = Learning(self.words.version, name, seconds)
 
     def _diff_own(
         self, before: Mapping[tuple[str, str], str], after: Mapping[tuple[str, str], str], batch: Batch
@@ -292,7 +292,7 @@ class _Table:
         for name in sorted(needed):
             lines = chain_rules(words, name)
             if not same_rules or counts.get(name) != len(lines):
-                self._make_chain(name, batch, batch.chains if same_rules else batch.first)
+                self._make_chain(name, batch, batch.first if fresh else batch.chains)
         for name in sorted(there.chains.keys() - needed - constant.keys()):
             if CHAIN_NAME.fullmatch(name):
                 batch.last.append(f"delete chain {words.table} {name}")

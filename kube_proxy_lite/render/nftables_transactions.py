@@ -69,10 +69,10 @@ class Batch:
     """Collects what has to be done, and puts it in order."""
 
     def __init__(self) -> None:
-        self.first: list[str] = []
-        """Commands that come before everything else: tables, chains, rules."""
         self.chains: list[str] = []
         """Commands that make chains which elements will lead to, in a table that packets pass through already."""
+        self.first: list[str] = []
+        """Commands that make a table, or the rules that are always there, in one with the first elements."""
         self.referred: list[Change] = []
         self.flips: list[Change] = []
         self.finish: list[str] = []
@@ -81,8 +81,8 @@ class Batch:
         self.last: list[str] = []
         """Commands that come after everything else: chains that are not needed."""
         self.stale: list[Stale] = []
-        self.learning: list[Learning] = []
-        """For chains that `first` or `chains` makes."""
+        self.learning: dict[str, Learning] = {}
+        """By the command of `chains` or `first` that makes the chain."""
 
     def transactions(self, limit: int = LIMIT) -> tuple[Transaction, ...]:
         """In order; `limit` elements at most in each."""
@@ -92,11 +92,17 @@ class Batch:
         made += _transactions(self.first, [*self.referred, *self.flips], self.finish, limit)
         made += _transactions([], self.removals, self.last, limit)
         if self.learning:
-            made[0] = msgspec.structs.replace(made[0], learning=tuple(self.learning))
+            made = [self._with_learning(each) for each in made]
         if self.stale:
             last = made.pop() if made else Transaction("", 0)
             made.append(msgspec.structs.replace(last, stale=tuple(self.stale)))
         return tuple(made)
+
+    def _with_learning(self, made: Transaction) -> Transaction:
+        lines = set(made.script.splitlines())
+        return msgspec.structs.replace(
+            made, learning=tuple(each for command, each in self.learning.items() if command in lines)
+        )
 
 
 def _transactions(

@@ -381,14 +381,37 @@ def test_what_somebody_damaged_is_repaired(script: str) -> None:
 
 
 def test_other_rules_of_ours_leave_the_elements_where_they_are() -> None:
-    """An upgrade that changes rules alone: one transaction, and no element in it."""
+    """An upgrade that changes rules alone: no element in it, and chains that come and go before those that stay."""
     node = Node(*WHOLE)
     mark = node.table.chains["shape"][0]
-    other = re.sub(r"rules=\w+", "rules=before", mark)
-    node.kernel.run(f"flush chain {TABLE} shape\nadd rule {TABLE} shape {other}\n")
-    (sent,) = node.resync()
-    assert sent.elements == 0
+    node.kernel.run(OTHER_RULES.format(re.sub(r"rules=\w+", "rules=before", mark)))
+    sent = node.resync()
+    assert [each.elements for each in sent] == [0, 0]
     assert node.table.chains["shape"] == (mark,)
+
+
+OTHER_RULES = f"flush chain {TABLE} shape\nadd rule {TABLE} shape {{}}\n"
+SIX = "ip6 podwire_proxy"
+
+
+@pytest.mark.parametrize("gone", ["", f"delete table {TABLE}\n", f"delete table {SIX}\n"])
+def test_what_has_come_meanwhile_finds_its_chain_after_an_upgrade_too(gone: str) -> None:
+    """Of both families, whose tables may be in different states: the fake kernel refuses a chain that is still empty,
+    and rules that remember clients for a chain that is not there."""
+    before = (plan("web", (LOCAL,)), plan("six", (LOCAL,), version=6))
+    after = (plan("web", affinity=60), plan("six", version=6, affinity=60))
+    node = Node(*before)
+    for table in (TABLE, SIX):
+        mark = node.kernel.tables[table].chains["shape"][0]
+        other = OTHER_RULES.replace(TABLE, table).format(re.sub(r"rules=\w+", "rules=before", mark))
+        node.kernel.run(other)
+    if gone:
+        node.kernel.run(gone)
+    node.renderer = NftablesRenderer(SETTINGS)
+    node.renderer.update({each.key: each for each in after}, {})
+    node.resync()
+    assert node.resync() == ()
+    assert node.kernel.tables == Node(*after).kernel.tables
 
 
 def test_a_transaction_that_failed_is_made_good_by_a_resync() -> None:
