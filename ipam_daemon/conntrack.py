@@ -2,7 +2,8 @@
 
 Who sends UDP to a port of the node keeps one entry alive as long as it sends: what was decided for its first packet
 holds, although the port leads to another pod now, or to one at all. So entries of exactly that port are deleted when a
-mapping comes or goes. TCP needs none of this, since a new connection has another source port.
+mapping comes or goes, and those of pods' VXLAN when a node becomes known. TCP needs none of this, since a new
+connection has another source port.
 
     dump, filtered in the kernel by protocol and port (5.8 and later) ─▶ those of an address of the node ─▶ delete
 
@@ -16,11 +17,11 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from ipam_daemon.model import Address
+from ipam_daemon.model import Address, Network
 from podwire import conntrack
 from podwire.nlattr import attribute, attributes, nested
 
@@ -30,9 +31,10 @@ _SECONDS = 5.0
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """A connection as far as it is looked at: where it was sent, and the attributes that its deletion repeats."""
+    """A connection as far as it is looked at: who sent it where, and the attributes that its deletion repeats."""
 
     family: int
+    source: Address
     destination: Address
     name: bytes
 
@@ -40,12 +42,28 @@ class Entry(msgspec.Struct, frozen=True):
 def forget_udp(port: int, mine: Callable[[], Container[Address]]) -> int:
     """Deletes the entries of UDP that was sent to `port` of one of the addresses `mine`, in this thread's namespace.
     Asks for the addresses only when there is an entry at all. Returns how many were deleted. Raises OSError."""
+
+    def choose(entries: Sequence[Entry]) -> Iterable[Entry]:
+        addresses = mine()
+        return [entry for entry in entries if entry.destination in addresses]
+
+    return _forget(port, choose)
+
+
+def forget_udp_of(sources: Collection[Network], port: int, destinations: Container[Address]) -> int:
+    """Deletes the entries of UDP that addresses of `sources` sent to `port` of `destinations`; as `forget_udp`."""
+
+    def choose(entries: Sequence[Entry]) -> Iterable[Entry]:
+        there = [entry for entry in entries if entry.destination in destinations]
+        return [entry for entry in there if any(entry.source in each for each in sources)]
+
+    return _forget(port, choose)
+
+
+def _forget(port: int, choose: Callable[[Sequence[Entry]], Iterable[Entry]]) -> int:
     with conntrack.channel(_SECONDS) as channel:
         entries = [each for family in conntrack.DESTINATION for each in _dump(channel, family, port)]
-        if not entries:
-            return 0
-        addresses = mine()
-        doomed = [entry for entry in entries if entry.destination in addresses]
+        doomed = list(choose(entries)) if entries else []
         for entry in doomed:
             conntrack.delete(channel, entry.family, entry.name)
     return len(doomed)
@@ -65,10 +83,13 @@ def _read(family: int, found: Mapping[int, bytes], port: int) -> Iterator[Entry]
     """The entry, if it is of UDP and of this port: a kernel before 5.8 filters nothing."""
     original = dict(attributes(found.get(conntrack.ORIGINAL, b"")))
     protocol = dict(attributes(original.get(conntrack.PROTOCOL, b"")))
-    address = dict(attributes(original.get(conntrack.IP, b""))).get(conntrack.DESTINATION[family])
+    addresses = dict(attributes(original.get(conntrack.IP, b"")))
+    source, destination = addresses.get(conntrack.SOURCE[family]), addresses.get(conntrack.DESTINATION[family])
     if (
-        address is not None
+        source is not None
+        and destination is not None
         and protocol.get(conntrack.PROTOCOL_NUMBER) == bytes([socket.IPPROTO_UDP])
         and protocol.get(conntrack.DESTINATION_PORT) == port.to_bytes(2, "big")
     ):
-        yield Entry(family, ipaddress.ip_address(address), conntrack.name_of(found))
+        name = conntrack.name_of(found)
+        yield Entry(family, ipaddress.ip_address(source), ipaddress.ip_address(destination), name)

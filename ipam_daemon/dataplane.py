@@ -13,14 +13,16 @@ an interface that was down has lost its routes.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
 from ipam_daemon.attachments import Attachments
+from ipam_daemon.conntrack import forget_udp_of
 from ipam_daemon.devices import Devices
-from ipam_daemon.errors import CniError, TryAgainLater
+from ipam_daemon.errors import CniError, PlumbingFailed, TryAgainLater
 from ipam_daemon.faults import point
 from ipam_daemon.firewall import Firewall
 from ipam_daemon.metrics import Metrics
@@ -28,7 +30,7 @@ from ipam_daemon.model import Address, BackendType, Block, ClusterConfig, NodeRe
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.peer_table import PeerTable
 from ipam_daemon.peers import Peers
-from ipam_daemon.plan import VXLAN, NodePlan, plan_node, plan_peers, with_peers
+from ipam_daemon.plan import VXLAN, FirewallPlan, NodePlan, plan_node, plan_peers, with_peers
 from ipam_daemon.settings import Settings
 from ipam_daemon.underlay import Underlay, UnderlayWatch, default_addresses, find_underlay
 from ipam_daemon.wires import Wires
@@ -156,8 +158,11 @@ class DataPlane:
         if resync or self.plan is None:
             done += await self._thread.run(self._wires.ensure_guard)
         known = None if resync or self.plan is None else self.plan.firewall
-        if known != plan.firewall and await self._firewall.ensure(plan.firewall, known):
-            done.append("changed nft elements or rules")
+        if known != plan.firewall:
+            changed_rules = await self._firewall.ensure(plan.firewall, known)
+            done += ["changed nft elements or rules"] if changed_rules else []
+            if changed_rules or known is not None:
+                await self._forget_vxlan(plan.firewall, known)
         point("converge.firewall")
         if plan.peers is not None:
             changed = await self._bring_peers(plan, table, anew=bool(looks or made))
@@ -169,6 +174,16 @@ class DataPlane:
                 self._metrics.repaired("node", "; ".join(done), len(done))
         self.plan = plan
         return plan
+
+    async def _forget_vxlan(self, plan: FirewallPlan, known: FirewallPlan | None) -> None:
+        """What pods had sent as VXLAN to a node before it was known as one; only first packets meet the rules."""
+        nodes = (plan.vteps or frozenset()) - (known.vteps if known and known.vteps else frozenset())
+        if not nodes:
+            return
+        try:
+            await asyncio.to_thread(forget_udp_of, plan.local_blocks, plan.vxlan_port, nodes)
+        except OSError as error:
+            raise PlumbingFailed(f"the connections of pods to other nodes cannot be read: {error.strerror}") from error
 
     async def _bring_peers(self, plan: NodePlan, table: PeerTable, anew: bool) -> int:
         assert plan.peers is not None

@@ -37,8 +37,9 @@ DAMAGE = {
     "an element of somebody else": "add element inet podwire vteps4 { 198.51.100.1 }",
     "a range of somebody else": "add element inet podwire local_blocks4 { 10.9.0.1-10.9.0.5 }",
     "a set flushed": "flush set inet podwire unmasqueraded4",
-    "a rule of somebody else": "add rule inet podwire vxlan_guard accept",
-    "the jump to the guard deleted": "flush chain inet podwire vxlan_guard",
+    "a rule of somebody else": "add rule inet podwire vxlan_in accept",
+    "the jump to the guard deleted": "flush chain inet podwire vxlan_in",
+    "what pods are judged by deleted": "flush chain inet podwire vxlan_out",
 }
 
 
@@ -107,6 +108,31 @@ def test_a_new_version_of_the_rules_keeps_the_elements_of_peers_not_known_yet() 
             await firewall.ensure(PLAN)
             await firewall.ensure(msgspec.structs.replace(PLAN, vxlan_port=8472, vteps=None))
             assert (await firewall.read()).elements["vteps4"] == {"192.0.2.2"}
+
+    play(story)
+
+
+BEFORE_INPUT = """
+add table inet podwire
+add set inet podwire vteps4 { type ipv4_addr; }
+add element inet podwire vteps4 { 192.0.2.2 }
+add chain inet podwire vxlan
+add chain inet podwire vxlan_guard { type filter hook prerouting priority raw; policy accept; }
+add chain inet podwire shape
+add rule inet podwire shape counter comment "another"
+add rule inet podwire vxlan ip saddr @vteps4 return
+add rule inet podwire vxlan_guard udp dport 4789 jump vxlan
+"""
+
+
+def test_a_guard_of_a_version_before_is_gone_and_its_elements_stay() -> None:
+    async def story() -> None:
+        async with Node() as node:
+            node.run("nft", "-f", "-", stdin=BEFORE_INPUT)
+            assert await firewall_of(node).ensure(msgspec.structs.replace(PLAN, vteps=None))
+            listed = node.run("nft", "list", "table", "inet", "podwire")
+            assert "vxlan_guard" not in listed
+            assert "192.0.2.2" in listed
 
     play(story)
 
@@ -197,9 +223,29 @@ def test_vxlan_is_taken_from_known_nodes_alone(tmp_path: Path) -> None:
     play(story)
 
 
+def test_vxlan_to_a_node_by_way_of_a_service_is_dropped_whoever_translates_it_first(tmp_path: Path) -> None:
+    """Of several nat chains the first that translates a connection is the last that sees it."""
+
+    async def story() -> None:
+        async with cluster(tmp_path) as (it, pod, _outside):
+            services = """table ip services {
+                chain in {
+                    type nat hook prerouting priority dstnat;
+                    ip daddr 10.96.0.9 udp dport 53 dnat to 192.0.2.2:4789;
+                }
+                chain out { type nat hook postrouting priority srcnat - 5; masquerade; }
+            }"""
+            it.node.run("nft", "-f", "-", stdin=services)
+            await firewall_of(it.node).ensure(PLAN)
+            pod.run("python3", "-c", SEND.replace("4789", "53"), "10.96.0.9")
+            await counted(it.node, 1)
+
+    play(story)
+
+
 async def counted(node: Netns, packets: int) -> None:
     """Waits until so many packets were dropped, and is sure that no more were."""
-    for _ in range(200):
+    for _ in range(2000):
         if drops(node) >= packets:
             break
         await asyncio.sleep(0.01)

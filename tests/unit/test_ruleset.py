@@ -95,7 +95,7 @@ def test_nodes_that_come_and_go_need_no_listing(before: FirewallPlan, after: Fir
 
 def test_another_port_replaces_the_chains_and_keeps_the_elements() -> None:
     lines = render(plan(port=8472), desired(plan(port=4789))).splitlines()
-    assert "flush chain inet podwire vxlan_guard" in lines
+    assert "flush chain inet podwire vxlan_in" in lines
     assert not [line for line in lines if "element" in line]
     assert [line for line in lines if "udp dport 8472" in line]
     assert chains_hash(4789) != chains_hash(8472)
