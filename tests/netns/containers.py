@@ -154,6 +154,13 @@ def add_again(box: Container, record: Callable[[str, object], None], since: floa
     return answers[-1]
 
 
+def know_each_other(lab: LabState) -> LabState:
+    """Waits until every node reaches the pods of all others: a daemon that is ready need not have heard of them yet."""
+    for each in lab.nodes:
+        wait(lambda name=each.name: status(lab, name).peers == len(lab.nodes) - 1, f"{each.name} to know its peers")  # type: ignore[misc]
+    return lab
+
+
 def pod_links(lab: LabState, node_name: str) -> set[str]:
     """The host's ends of the node's wires."""
     out = topology.run([*node.enter_command(lab, node_name), "ip", "-br", "link"])

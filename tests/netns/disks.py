@@ -16,10 +16,10 @@ import yaml
 
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import Container, at_once, containers, pod_links, status
+from tests.netns.containers import Container, at_once, containers, know_each_other, pod_links, status
 from tests.netns.traffic import Traffic, traffic
 
-PATIENCE = 30.0
+PATIENCE = 90.0
 LOSSLESS = "running pods lose no packet"
 TRUE = "every answer is true, or error 11"
 FREE = "nothing is held after the runtime's DEL"
@@ -69,7 +69,7 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disks]:
         lab = cluster.up(lab_state)
         node.stop_daemon(lab, "node1")
         file = lab.files.node_path("node1", "/etc/podwire") / "ipamd.yaml"
-        changes = {"runDir": str(run), "stateDir": str(state), "reconcileInterval": 1}
+        changes = {"runDir": str(run), "stateDir": str(state), "reconcileInterval": 1, "cooldown": 300}
         file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | changes))
         socket = lab.files.ipamd_socket("node1")
         socket.unlink(missing_ok=True)
@@ -79,6 +79,7 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disks]:
         queue.symlink_to(state / "del-queue")
         made = Disks(lab, run, state)
         made.restart()
+        know_each_other(lab)
         yield made
     finally:
         cluster.down(lab_state.name)

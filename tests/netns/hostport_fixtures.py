@@ -64,7 +64,7 @@ with socket.socket(family, kind) as client:
 REFUSED, SILENCE = "ConnectionRefusedError", "TimeoutError"
 
 
-def ask(where: Netns, address: str, port: int, protocol: str = "tcp", patience: float = 10, source: int = 0) -> str:
+def ask(where: Netns, address: str, port: int, protocol: str = "tcp", patience: float = 60, source: int = 0) -> str:
     """What is answered, or the name of the error. `source` is the client's own port."""
     more = [str(source)] if source else []
     return where.run("python3", "-IS", "-c", ASK, protocol, address, str(port), str(patience), *more).strip()

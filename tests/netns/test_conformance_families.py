@@ -85,7 +85,7 @@ def test_the_container_has_them_and_can_use_them_at_once(it: Contender, box: Con
     assert default_gateways(box) == {ip["gateway"] for ip in ips.values()}
     for gateway in sorted(ip["gateway"] for ip in ips.values()):
         if it.kind == "reference":  # its bridge looks for duplicates of its gateway, for some seconds
-            process.wait_for(partial(reaches, box, gateway), 20, "the gateway's answer")
+            process.wait_for(partial(reaches, box, gateway), 90, "the gateway's answer")
         assert reaches(box, gateway)
     it.delete(box)
 

@@ -17,11 +17,11 @@ from rich.console import Console
 
 from podwire.lab import cluster, demo
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import Container, containers, nothing_is_held, on_node, status, wait
+from tests.netns.containers import Container, add, containers, know_each_other, nothing_is_held, on_node, status, wait
 from tests.netns.lab_fixtures import Pods
 
 V4, V6 = "10.244.0.0/16", "fd00:10:244::/56"
-PATIENCE = 30.0
+PATIENCE = 90.0
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -54,7 +54,7 @@ def lab(case: Case) -> Iterator[LabState]:
     nodes = plan_nodes(3, case.pod_cidr, case.segments)
     state = LabState(name=f"fam-{uuid4().hex[:6]}", nodes=nodes, pod_cidr=case.pod_cidr, backend=case.backend)
     try:
-        yield cluster.up(state)
+        yield know_each_other(cluster.up(state))
     finally:
         cluster.down(state.name)
 
@@ -102,7 +102,7 @@ def test_the_first_packet_from_another_node_finds_a_new_pod(lab: LabState) -> No
         old.call("ADD")
         addresses = [each["address"].split("/")[0] for each in new.call("ADD").body["ips"]]
         for address in addresses:
-            said = old.run("ping", "-n", "-c", "1", "-W", "1", address).stdout
+            said = old.run("ping", "-n", "-c", "1", "-W", "10", address).stdout
             assert "1 received" in said, said
         for box in (new, old):
             box.call("DEL")
@@ -115,7 +115,7 @@ def test_a_namespace_without_ipv6_gets_it_for_its_interface(lab: LabState) -> No
     with containers(lab, "node1", "off", 1) as (box,):
         assert box.run("sh", "-c", off).returncode == 0
         for each in box.call("ADD").body["ips"]:
-            assert box.run("ping", "-n", "-c", "1", "-W", "1", each["gateway"]).returncode == 0
+            assert box.run("ping", "-n", "-c", "1", "-W", "10", each["gateway"]).returncode == 0
         box.call("DEL")
     wait(partial(nothing_is_held, lab, "node1"), "node1 to be empty")
 
@@ -123,7 +123,7 @@ def test_a_namespace_without_ipv6_gets_it_for_its_interface(lab: LabState) -> No
 def large(address: str, mtu: int) -> list[str]:
     """A ping that fills a packet of this size, and may not be cut."""
     headers = 48 if ":" in address else 28
-    return ["ping", "-n", "-c", "1", "-W", "1", "-M", "do", "-s", str(mtu - headers), address]
+    return ["ping", "-n", "-c", "1", "-W", "10", "-M", "do", "-s", str(mtu - headers), address]
 
 
 def test_the_largest_packet_passes_whole(lab: LabState, case: Case) -> None:
@@ -144,8 +144,8 @@ def test_a_pod_has_an_address_of_each_family_or_none() -> None:
     try:
         lab = cluster.up(state)
         with containers(lab, "node1", "few", 6) as boxes:
-            assert [box.call("ADD").error for box in boxes[:5]] == [0] * 5
-            refused = boxes[5].call("ADD")
+            assert [add(box).error for box in boxes[:5]] == [0] * 5
+            refused = add(boxes[5])
             assert refused.error == 100
             assert "pool default: no address is free in this node's fd00:10:244::/125" in refused.body["msg"]
             assert [block.used for block in status(lab, "node1").blocks] == [5, 5]

@@ -29,10 +29,20 @@ import ipam_daemon
 from ipam_daemon.faults import POINTS, VARIABLE
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import WHOLE, Answer, Container, at_once, containers, on_node, pod_links, status
+from tests.netns.containers import (
+    WHOLE,
+    Answer,
+    Container,
+    at_once,
+    containers,
+    know_each_other,
+    on_node,
+    pod_links,
+    status,
+)
 from tests.netns.traffic import traffic
 
-PATIENCE = 30.0
+PATIENCE = 90.0
 PROMISES = (
     "the answer is true, or error 11",
     "nothing is held after the runtime's DEL",
@@ -96,6 +106,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         node.stop_daemon(lab, "node1")
         start_daemon(lab, fault)
         node.wait_daemon(lab, "node1")
+        know_each_other(lab)
         with containers(lab, "node1", "talker", 1) as (talker,), containers(lab, "node2", "peer", 1) as (peer,):
             address = peer.call("ADD").address
             assert talker.call("ADD").error == 0
@@ -279,7 +290,7 @@ def check_answers(scene: Scene, answers: dict[str, Answer]) -> None:
         if answer.error == 0 and name != "DEL":
             box = by_name.get(name, scene.boxes[0])
             assert "eth0" in box.links()
-            assert box.run("ping", "-c1", "-W2", scene.address).returncode == 0
+            assert box.run("ping", "-c1", "-W10", scene.address).returncode == 0
 
 
 def runtime_deletes(scene: Scene) -> None:

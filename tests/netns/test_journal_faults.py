@@ -121,7 +121,7 @@ def test_a_journal_removed_under_a_running_daemon_is_written_again(
     process.wait_for(disks.journal.exists, PATIENCE, "the journal to be written again")
     disks.kill()
     disks.restart()
-    assert disks.held() == 3
+    process.wait_for(lambda: disks.held() == 3, PATIENCE, "the wire of the DEL to be gone, and no other")
 
 
 @pytest.mark.fault(

@@ -100,7 +100,7 @@ class NodeUnderTest(RuleBasedStateMachine):
 
     def play(self, story: Awaitable[T]) -> T:
         async def limited() -> T:
-            return await asyncio.wait_for(story, 30)
+            return await asyncio.wait_for(story, 300)
 
         return self.runner.run(limited())
 

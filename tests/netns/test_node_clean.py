@@ -13,7 +13,7 @@ from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
 from tests.netns.containers import WHOLE, containers, on_node, pod_links, status
 
-PATIENCE = 30.0
+PATIENCE = 90.0
 FOREIGN = """
 table inet somebody { chain c { counter; }; }
 table bridge somebody { chain c { counter; }; }

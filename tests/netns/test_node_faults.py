@@ -19,10 +19,21 @@ import yaml
 
 from podwire.lab import cluster, node, process
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import add_again, at_once, containers, nothing_is_held, on_node, pod_links, status, wait
+from tests.netns.containers import (
+    add,
+    add_again,
+    at_once,
+    containers,
+    know_each_other,
+    nothing_is_held,
+    on_node,
+    pod_links,
+    status,
+    wait,
+)
 from tests.netns.traffic import Pings, traffic
 
-PATIENCE = 30.0
+PATIENCE = 90.0
 Record = Callable[[str, object], None]
 
 
@@ -31,7 +42,7 @@ def lab() -> Iterator[LabState]:
     """Two nodes of which nothing is asked but their network."""
     state = LabState(name=f"faults-{uuid4().hex[:6]}", nodes=plan_nodes(2))
     try:
-        yield cluster.up(state)
+        yield know_each_other(cluster.up(state))
     finally:
         cluster.down(state.name)
 
@@ -155,7 +166,7 @@ def test_pods_start_while_etcd_is_away_and_after_a_restart_without_it(lab: LabSt
                 began = time.monotonic()
                 node.start_daemon(lab, "node1")
                 add_again(second, record_property, began)
-                assert second.run("ping", "-c1", "-W2", address).returncode == 0, "routes to other nodes have stayed"
+                assert second.run("ping", "-c1", "-W10", address).returncode == 0, "routes to other nodes have stayed"
                 assert first.call("DEL").code == 0
             finally:
                 cluster.start_etcd(lab)
@@ -225,7 +236,7 @@ def test_garbage_on_the_socket_hurts_nobody(lab: LabState, record_property: Reco
             client.connect(path)
             try:
                 client.sendall(junk)
-            except BrokenPipeError:
+            except (BrokenPipeError, ConnectionResetError):
                 continue  # the daemon has seen enough
     began = time.monotonic()
     with containers(lab, "node1", "junk", 1) as (box,):
@@ -239,7 +250,7 @@ def test_the_largest_packet_of_a_pod_fits_through_the_tunnel(lab: LabState) -> N
         address = peer.call("ADD").address
         headers, vxlan = 28, 50  # IP and ICMP; outer IP, UDP, VXLAN, inner Ethernet
         largest = 1500 - vxlan - headers
-        assert box.run("ping", "-c1", "-W2", "-M", "do", "-s", str(largest), address).returncode == 0
+        assert box.run("ping", "-c1", "-W10", "-M", "do", "-s", str(largest), address).returncode == 0
         too_large = box.run("ping", "-c1", "-W2", "-M", "do", "-s", str(largest + 1), address)
         assert too_large.returncode != 0
         assert "mtu=1450" in too_large.stderr + too_large.stdout
@@ -251,11 +262,11 @@ def test_what_somebody_deleted_is_put_back(lab: LabState) -> None:
     with containers(lab, "node1", "mend", 1) as (box,), containers(lab, "node2", "other", 1) as (peer,):
         box.call("ADD")
         address = peer.call("ADD").address
+        node.stop_daemon(lab, "node1")  # one that looks just now would put back what is missed below
         on_node(lab, "node1", "ip", "link", "delete", "pw-vxlan")
         on_node(lab, "node1", "nft", "delete", "table", "inet", "podwire")
         on_node(lab, "node1", "ip", "address", "flush", "dev", "pw0")
         assert box.run("ping", "-c1", "-W1", address).returncode != 0
-        node.stop_daemon(lab, "node1")  # a restart reconciles at once, where the interval is half a minute
         restart(lab, "node1")
         wait(lambda: box.run("ping", "-c1", "-W1", address).returncode == 0, "the tunnel to be mended")
         assert "masquerade" in on_node(lab, "node1", "nft", "list", "table", "inet", "podwire").stdout
@@ -271,7 +282,7 @@ def test_a_full_pool_says_so_and_recovers(record_property: Record) -> None:
     try:
         lab = cluster.up(state)
         with containers(lab, "node1", "full", 10) as boxes:
-            added = [each.call("ADD") for each in boxes]
+            added = [add(each) for each in boxes]
             assert [answer.error for answer in added] == [0] * 8 + [100] * 2
             assert "pool default" in added[8].body["msg"]
             assert "8 used, 0 releasing, 0 cooling, 8 reserved" in added[8].body["msg"]

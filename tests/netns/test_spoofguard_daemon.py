@@ -10,7 +10,7 @@ import time
 from ipam_daemon.plan import mac_of
 from podwire.lab import node, topology
 from podwire.lab.state import LabState
-from tests.netns.containers import PATIENCE, Answer, Container, add_again, containers
+from tests.netns.containers import PATIENCE, Answer, Container, add_again, containers, know_each_other
 from tests.netns.frames import IPV4, Raw, ethernet, raw, udp
 from tests.netns.lab_fixtures import lab
 
@@ -18,7 +18,7 @@ __all__ = ["lab"]
 
 STRANGER, TOKEN, LAST = "198.51.100.1", b"spoofed-or-not", b"and-that-was-all"
 COUNTED = re.compile(r'^podwire_spoofed_packets_total\{reason="(\w+)"\} (\S+)$', re.MULTILINE)
-SCRAPE = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9817/metrics', timeout=5).read().decode())"
+SCRAPE = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9817/metrics', timeout=60).read().decode())"
 VXLAN = 4789
 
 
@@ -64,7 +64,7 @@ class Liar:
 
 def test_no_spoof_gets_through_whatever_becomes_of_the_daemon(lab: LabState) -> None:
     with containers(lab, "node1", "liar", 3) as (here, near, late), containers(lab, "node2", "far", 1) as (far,):
-        liar = Liar(lab, here, near, far)
+        liar = Liar(know_each_other(lab), here, near, far)
         before = counted(lab)
         assert liar.heard() == []
         after = counted(lab)

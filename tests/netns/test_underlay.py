@@ -97,7 +97,7 @@ def test_word_comes_of_the_underlay_and_of_nothing_else() -> None:
                 assert not told.is_set(), "a pod that comes and goes wakes nobody"
                 for words in ("link set under0 mtu 1400", "addr add 192.0.2.7/24 dev under0", "link set under0 down"):
                     it.ip(*words.split())
-                    await asyncio.wait_for(told.wait(), 10)
+                    await asyncio.wait_for(told.wait(), 90)
                     await asyncio.sleep(0.1)
                     told.clear()
             finally:

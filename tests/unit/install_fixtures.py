@@ -24,7 +24,7 @@ from podwire.install import NETWORK, install
 from podwire.install.removal import PATIENCE, Removal, uninstall
 from podwire.v1 import cni_pb2, cni_pb2_grpc
 
-SECONDS = 30.0  # by then what is waited for has happened, or never will
+SECONDS = 90.0  # by then what is waited for has happened, or never will
 VERSION_ANSWER = b'{"cniVersion": "1.1.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]}\n'
 CONFIGURATION = b'{"cniVersion":"1.0.0","name":"podwire","type":"podwire"}'
 RESULT = b'{"cniVersion":"1.0.0"}\n'
@@ -45,10 +45,11 @@ RUNTIMES = [
 
 
 class Daemon(cni_pb2_grpc.CNIServicer):
-    """Answers at once; while `hung` is set it holds the calls, and `called` says that there is one."""
+    """Answers at once; while `hung` is set it holds the calls, and `called` says that there is one. Where it `fails`, a
+    call that was held gets an error."""
 
     def __init__(self) -> None:
-        self.hung = False
+        self.hung = self.fails = False
         self.called = threading.Event()
         self.released = threading.Event()
 
@@ -57,6 +58,8 @@ class Daemon(cni_pb2_grpc.CNIServicer):
             context.add_callback(self.released.set)
             self.called.set()
             self.released.wait(SECONDS)
+            if self.fails:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "it ends")
         return cni_pb2.CallResponse(api=1, stdout=RESULT)
 
 
@@ -104,7 +107,7 @@ class Node:
         """One call, as a runtime makes it."""
         environment = {**variables, "CNI_COMMAND": command}
         return subprocess.run(
-            [self.bin_dir / "podwire"], env=environment, input=stdin, capture_output=True, timeout=60, check=False
+            [self.bin_dir / "podwire"], env=environment, input=stdin, capture_output=True, timeout=SECONDS, check=False
         )
 
     @contextlib.contextmanager
@@ -122,6 +125,17 @@ class Node:
                 yield process
             finally:
                 process.kill()
+
+    @contextlib.contextmanager
+    def calling_daemon(self, command: str, daemon: Daemon) -> Iterator[subprocess.Popen[bytes]]:
+        """As `calling`; the call has reached `daemon`. A deadline may be over before: then it was another call's turn."""
+        reached = False
+        while not reached:
+            with self.calling(command) as call:
+                while not (reached := daemon.called.wait(0.01)) and call.poll() is None:
+                    pass
+                if reached:
+                    yield call
 
     @contextlib.contextmanager
     def daemon(self) -> Iterator[Daemon]:

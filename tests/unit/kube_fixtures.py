@@ -11,6 +11,7 @@ from pathlib import Path
 from ssl import SSLContext
 from typing import Any, Generic, TypeVar
 
+import msgspec
 from aiohttp import web
 
 from podwire.kube.access import Access, User
@@ -19,8 +20,9 @@ from podwire.kube.client import Client, Timing
 from podwire.kube.kinds import Key, T, Wanted
 from podwire.kube.source import Batch, Skipped, Source
 
-LIMIT = 30.0  # seconds after which a test that waits has failed
-QUICK = Pace(mark=1.0, silence=1.5, first=0.01, most=0.05, slow=0.05, short=0.05)
+LIMIT = 90.0  # seconds after which a test that waits has failed
+QUICK = Pace(first=0.01, most=0.05, slow=0.05, short=0.05)
+IMPATIENT = msgspec.structs.replace(QUICK, mark=1.0, silence=1.5)  # for servers that do not answer
 R = TypeVar("R")
 
 
@@ -141,7 +143,7 @@ class Script:
 def client(*urls: str, user: User | None = None, timing: Timing | None = None, **options: Any) -> Client:
     """A client of these servers."""
     access = Access(servers=urls, origin="test", user=user or User())
-    return Client(access, timing=timing or Timing(connect=2.0, answer=2.0, silence=2.0), **options)
+    return Client(access, timing=timing or Timing(connect=60.0, answer=60.0, silence=60.0), **options)
 
 
 # --- a consumer -------------------------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from podwire.cli.main import main
 from podwire.install import UninstallError
-from tests.unit.install_fixtures import RUNTIMES, SECONDS, Node, short_folder
+from tests.unit.install_fixtures import RUNTIMES, SECONDS, Node, short_folder, wait_until
 
 CONFLIST = "etc/cni/net.d/10-podwire.conflist"
 
@@ -131,13 +132,16 @@ def test_deletions_that_are_owed_are_not_thrown_away_unasked(node: Node, capsys:
 
 
 def test_a_call_under_way_ends_first_and_its_deletion_is_not_lost(any_node: Node) -> None:
-    any_node.install(seconds=1.0)
+    any_node.install()
     with any_node.daemon() as daemon:
-        daemon.hung = True
-        with any_node.calling("DEL") as call:
+        daemon.hung = daemon.fails = True
+        with any_node.calling("DEL") as call, ThreadPoolExecutor(1) as pool:
             assert daemon.called.wait(SECONDS)
+            removal = pool.submit(any_node.uninstall)
+            wait_until(lambda: not (any_node.bin_dir / "podwire").exists(), "the removal's beginning")
+            daemon.released.set()
             with pytest.raises(UninstallError, match="1 deletions have come into"):
-                any_node.uninstall()
+                removal.result(SECONDS)
             assert (call.wait(SECONDS), call.communicate()) == (0, (b"", b""))
     assert [Path(name).parent.name for name in any_node.files()] == ["cni", "cni", "run", "del-queue"]
 

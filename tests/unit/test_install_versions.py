@@ -79,8 +79,7 @@ def test_a_call_under_way_keeps_its_version_until_it(outcome: str, node: Node, m
     node.install(seconds=OUTCOMES[outcome])
     with node.daemon() as daemon:
         daemon.hung = True
-        with node.calling("ADD") as call:
-            assert daemon.called.wait(SECONDS)
+        with node.calling_daemon("ADD", daemon) as call:
             monkeypatch.setattr(podwire, "__version__", "2")
             node.install(grace=0)
             if outcome == "is answered":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from podwire.kube.api import CHUNK, ApiSource, Pace
-from podwire.kube.client import Client
+from podwire.kube.client import Client, Timing
 from podwire.kube.kinds import SERVICE_CIDRS, SERVICES, Wanted, one_node, pods_of_node, proxied_services
 from podwire.kube.objects import Service
 from podwire.kube.source import Silent
@@ -18,6 +18,7 @@ from podwire.lab.api import kinds as lab
 from podwire.lab.api.server import ApiServer
 from podwire.lab.api.store import Store
 from tests.unit.kube_fixtures import (
+    IMPATIENT,
     QUICK,
     Mirror,
     Reply,
@@ -172,15 +173,16 @@ Story = Callable[[Script, Mirror[Service], ApiSource, Seen], Any]
 
 
 def scripted(
-    *replies: Reply, wanted: Wanted[Service] = ALL, streams: bool = False, **options: Any
+    *replies: Reply, wanted: Wanted[Service] = ALL, streams: bool = False, pace: Pace = QUICK, **options: Any
 ) -> Callable[[Story], None]:
     """Runs a story against replies in this order; the last one is a watch that hangs."""
 
     def tell(story: Story) -> None:
         async def whole() -> None:
             script, seen = Script(*replies, Reply(then="hang")), Seen()
-            async with script.serving() as url, client(url, observer=seen) as one:
-                source = ApiSource(one, pace=QUICK, **options)
+            timing = Timing(answer=2.0) if pace is IMPATIENT else None
+            async with script.serving() as url, client(url, observer=seen, timing=timing) as one:
+                source = ApiSource(one, pace=pace, **options)
                 source.streams = streams
                 async with mirrored(source, wanted) as mirror:
                     await story(script, mirror, source, seen)
@@ -284,7 +286,8 @@ def test_every_road_leads_to_the_same_state(streams: bool, replies: list[Reply],
         assert script.kinds_of_rounds()[: len(asked)] == asked
         assert source.problems == {}
 
-    scripted(*replies, streams=streams)(story)
+    waits = any(reply.then in ("hang", "no answer") and B not in reply.pieces for reply in replies)
+    scripted(*replies, streams=streams, pace=IMPATIENT if waits else QUICK)(story)
 
 
 def test_after_a_list_that_ran_out_all_is_asked_for_at_once() -> None:
