@@ -63,7 +63,7 @@ from podwire.netns import NetnsError, inside, open_netns
 DOOMED_GROUP = 0x70770DED
 """The link group of wires that are to be deleted."""
 _UP = "up"
-_CARRIER_SECONDS, _CARRIER_POLL = 1.0, 0.001
+_CARRIER_SECONDS, _CARRIER_POLL = 5.0, 0.001  # a kernel before 6.9 may run its link watch once a second
 
 
 class WireState(Enum):
@@ -186,11 +186,12 @@ class Wires:
         """
         deadline = time.monotonic() + _CARRIER_SECONDS
         while True:
+            last = time.monotonic() > deadline  # before it is asked: this process may be what stood still
             with naming(f"looking at {host_ifname}"):
                 (link,) = self._thread.channel.exchange([get_link(index_of(host_ifname))])
             if is_sending(link):
                 return
-            if time.monotonic() > deadline:
+            if last:
                 raise PlumbingFailed(f"{host_ifname} has no carrier after {_CARRIER_SECONDS:g} s")
             time.sleep(_CARRIER_POLL)
 
