@@ -9,7 +9,8 @@ Nothing is written periodically: a death costs one write and a small read a node
 in the node's own record would have to be written again and again by every node; a second, long lease, renewed without a
 write, begins anew with every leader that etcd elects.) The trace stays when the node is back, which knows nothing of
 it: it tells of one process of the daemon, and counts while the name is not live. Nobody decides anything by it. What
-nobody saw, since no other daemon ran, is not known.
+nobody saw, since no other daemon ran, is not known. An etcd that is away just then, as when it loses the node and a
+member at once, is asked again until it has the trace, or the node is back.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from podwire.etcd import EtcdError, EtcdSession, EtcdUnavailable
 from podwire.etcd.records import Changes, Deleted, Item, Put, Snapshot, absent, unchanged
 
 _SPREAD = 1.0  # seconds within which the daemons look whether another was first
+_RETRY = 5.0  # and within which they ask again when etcd did not answer
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +90,23 @@ class Departures:
         return list(gone.items())
 
     async def _note(self, name: str, gone: Gone) -> None:
+        within = _SPREAD
+        while name not in self._living:
+            await self._session.clock.sleep(random.uniform(0, within))
+            try:
+                await self._write(name, gone)
+                return
+            except EtcdUnavailable:
+                log.info("since when %s has not lived is not written down yet: etcd is away", name)
+            within = _RETRY
+
+    async def _write(self, name: str, gone: Gone) -> None:
+        """Leaves what another daemon was first to write. Raises EtcdUnavailable."""
         key = f"{self._root}gone/{name}"
-        await self._session.clock.sleep(random.uniform(0, _SPREAD))
-        try:
-            former = await self._session.get(key)
-            if former is None or _gone(former).process != gone.process:
-                before = unchanged(key, former.mod_revision if former else 0)
-                await self._session.txn([before, absent(f"{self._root}live/{name}")], [Put(key, encode(gone))])
-        except EtcdUnavailable:
-            log.info("since when %s has not lived is not written down: etcd is away", name)
+        former = await self._session.get(key)
+        if former is None or _gone(former).process != gone.process:
+            before = unchanged(key, former.mod_revision if former else 0)
+            await self._session.txn([before, absent(f"{self._root}live/{name}")], [Put(key, encode(gone))])
 
 
 def _process(item: Item) -> str:

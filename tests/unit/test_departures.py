@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 
-from ipam_daemon.departures import Departures
+from ipam_daemon.departures import Departures, Gone
 from ipam_daemon.live_name import Live
-from ipam_daemon.model import encode
-from podwire.etcd.records import Changes, Deleted, Item, Snapshot, Written
+from ipam_daemon.model import decode, encode
+from podwire.etcd import EtcdSession, EtcdUnavailable
+from podwire.etcd.records import Changes, Deleted, Item, Put, Snapshot, Written
 
 PREFIX = "/live/"
 
@@ -39,3 +42,59 @@ def test_who_has_gone(events: tuple[Written | Deleted, ...], expected: list[tupl
     departures = Departures(nobody, "/")
     departures._departed(Snapshot(items=(came("a", "1").item,), revision=1), PREFIX)
     assert departures._departed(Changes(events=events, revision=2), PREFIX) == expected
+
+
+class Away:
+    """An etcd that does not answer the first `times`, and then has `former`. It sleeps no longer than a task switch."""
+
+    def __init__(self, times: int, former: Item | None = None) -> None:
+        self.times = times
+        self.former = former
+        self.put: list[Put] = []
+        self.asked = 0
+        self.clock = self
+
+    async def sleep(self, _: float) -> None:
+        await asyncio.sleep(0)
+
+    async def get(self, _: str) -> Item | None:
+        self.asked += 1
+        if self.asked <= self.times:
+            raise EtcdUnavailable("away")
+        return self.former
+
+    async def txn(self, _: Any, done: Sequence[Put]) -> None:
+        self.put += done
+
+
+def written_by(process: str) -> Item:
+    return Item(key="/gone/b", value=encode(Gone(at=1.0, process=process)), mod_revision=7)
+
+
+AWAY: dict[str, tuple[Away, list[float]]] = {
+    "etcd answers": (Away(0), [5.0]),
+    "etcd is away for a while": (Away(3), [5.0]),
+    "another was first meanwhile": (Away(3, written_by("2")), []),
+    "what is there tells of an earlier process": (Away(1, written_by("1")), [5.0]),
+}
+
+
+@pytest.mark.parametrize(("etcd", "written"), AWAY.values(), ids=AWAY.keys())
+def test_the_trace_is_written_once_etcd_answers(etcd: Away, written: list[float]) -> None:
+    departures = Departures(cast(EtcdSession, etcd), "/")
+    asyncio.run(departures._note("b", Gone(at=5.0, process="2")))
+    assert [decode(each.value, Gone).at for each in etcd.put] == written
+
+
+def test_nothing_is_written_of_a_node_that_is_back_before_etcd_is() -> None:
+    async def story() -> None:
+        etcd = Away(1000)
+        departures = Departures(cast(EtcdSession, etcd), "/")
+        note = asyncio.ensure_future(departures._note("b", Gone(at=5.0, process="2")))
+        while not etcd.asked:  # noqa: ASYNC110  it is another task of this loop
+            await asyncio.sleep(0)
+        departures._departed(Changes(events=(came("b", "3"),), revision=3), PREFIX)
+        await note
+        assert (etcd.put, etcd.asked < 1000) == ([], True)
+
+    asyncio.run(story())
