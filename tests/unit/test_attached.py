@@ -15,7 +15,7 @@ def test_what_is_settled_after_the_daemon_came_back_reaches_it(tmp_path: Path) -
         proxy = Proxy(tmp_path / "s")
         try:
             for turn in range(6):
-                async with Node(tmp_path, PATIENCE / 4) as node:
+                async with Node(tmp_path, PATIENCE) as node:
                     assert await node.add(attachment(f"a{turn}", "a")) == "answered"
                     assert await node.add(attachment(f"b{turn}", "b")) == "answered"
         finally:

@@ -104,7 +104,7 @@ def test_an_exception_is_in_the_line() -> None:
 def test_logs_go_to_standard_error_from_the_level_on() -> None:
     program = "import logging; from podwire.logs import configure; configure('warning'); l = logging.getLogger('x'); "
     program += "l.info('quiet'); l.warning('loud %d', 1)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=90)
     assert done.stdout == ""
     (only,) = done.stderr.splitlines()
     assert json.loads(only)["message"] == "loud 1"

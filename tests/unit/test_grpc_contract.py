@@ -37,7 +37,7 @@ from podwire.v1 import cni_pb2, cni_pb2_grpc
 DATA, HEADERS, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 4, 6, 7, 8, 9
 ACK = 0x1
 PREFACE_LENGTH = 24
-PATIENCE = 20.0  # for conditions that are certain to come about
+PATIENCE = 90.0  # for conditions that are certain to come about
 
 Frame = tuple[str, int, int, int]  # "client" or "server", kind, flags, stream
 Behaviour = Callable[[cni_pb2.CallRequest, grpc.ServicerContext], cni_pb2.CallResponse]
@@ -222,7 +222,7 @@ def test_pings_are_answered_while_the_daemon_works(tmp_path: Path) -> None:
 
     keepalive = (
         ("grpc.keepalive_time_ms", 100),
-        ("grpc.keepalive_timeout_ms", 2000),
+        ("grpc.keepalive_timeout_ms", 30_000),
         ("grpc.http2.max_pings_without_data", 0),
     )
     with serving(tmp_path, patient, keepalive) as (_, tap, _):
@@ -306,8 +306,9 @@ def test_a_daemon_that_hangs_is_left_at_the_deadline_and_learns_of_it(tmp_path: 
         return echo(request, context)
 
     with serving(tmp_path, hanging):
-        with pytest.raises((DeadlineExceeded, NoAnswer)):  # our clock or the server's, whichever is first
-            ask(tmp_path / "tap.sock", seconds=0.5)
+        while not told:  # a machine that stalls may leave a call no time to arrive
+            with pytest.raises((DeadlineExceeded, NoAnswer)):  # our clock or the server's, whichever is first
+                ask(tmp_path / "tap.sock", seconds=0.5)
         assert left.wait(PATIENCE)
     assert 0 <= told[0] <= 0.5
 
@@ -415,7 +416,7 @@ def test_strangers(case: str, tmp_path: Path) -> None:
     stranger.start()
     try:
         with pytest.raises(kinds):
-            ask(tmp_path / "stranger.sock", stdin=bytes(300_000), seconds=1)
+            ask(tmp_path / "stranger.sock", stdin=bytes(300_000), seconds=1 if DeadlineExceeded in kinds else PATIENCE)
     finally:
         stranger.join(PATIENCE)
         listener.close()

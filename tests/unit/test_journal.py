@@ -215,7 +215,7 @@ os.kill(os.getpid(), {signal})
 
 def test_a_killed_process_loses_nothing(path: Path) -> None:
     script = WRITER.format(here=str(Path(__file__).parent), path=str(path), signal=int(signal.SIGKILL))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=90)
     assert done.returncode == -signal.SIGKILL, done.stderr
     journal = Journal(path, BOOT)
     assert len(journal.attachments()) == 100

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import socket
 import ssl
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ class Attempts(Silent):
         self.outcomes.append(outcome)
 
 
-def nobody() -> str:
-    """The URL of a port on which nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+@contextmanager
+def nobody() -> Iterator[str]:
+    """The URL of a port on which nobody listens, and which nobody else is given."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{holder.getsockname()[1]}"
 
 
 # --- several endpoints ------------------------------------------------------------------------------------------
@@ -66,10 +69,9 @@ def test_the_next_endpoint_is_asked_and_stays_the_first(reply: Reply | None, out
         async with AsyncExitStack() as stack:
             urls = [await stack.enter_async_context(script.serving()) for script in (bad, good)]
             if reply is None:
-                urls[0] = nobody()
-            one = await stack.enter_async_context(
-                client(*urls, observer=seen, timing=Timing(connect=1.0, answer=1.0, silence=1.0))
-            )
+                urls[0] = stack.enter_context(nobody())
+            timing = Timing(answer=1.0) if outcome == "no answer" else None
+            one = await stack.enter_async_context(client(*urls, observer=seen, timing=timing))
             if outcome == "broken off":  # an answer that has begun is not begun again behind the reader's back
                 with pytest.raises(ApiUnavailable):
                     await one.get("/", {})
@@ -85,7 +87,10 @@ def test_the_next_endpoint_is_asked_and_stays_the_first(reply: Reply | None, out
 def test_when_no_endpoint_answers_each_is_named_with_its_reason() -> None:
     async def story() -> None:
         script = Script(Reply.of(status(503, message="etcd is away"), 503, headers={"Retry-After": "3"}))
-        async with script.serving() as url, client(first := nobody(), url) as one:
+        async with AsyncExitStack() as stack:
+            first = stack.enter_context(nobody())
+            url = await stack.enter_async_context(script.serving())
+            one = await stack.enter_async_context(client(first, url))
             with pytest.raises(ApiUnavailable) as caught:
                 await one.get("/x", {})
             assert f"{first}: Connect call failed" in str(caught.value)
@@ -228,7 +233,7 @@ def test_tls_connects_or_says_why_not(server: str, options: dict[str, Any], word
                 servers=(url,), origin="t", ca=ca, user=user,
                 insecure=options.get("insecure", False), server_name=options.get("server_name", ""),
             )  # fmt: skip
-            async with Client(access, timing=Timing(connect=3, answer=3)) as one:
+            async with Client(access, timing=Timing(connect=60, answer=60)) as one:
                 if not words:
                     assert await one.get("/", {}) == b"{}"
                     return
@@ -248,7 +253,7 @@ def test_a_certificate_that_is_replaced_is_shown_from_then_on(keys: Keys, tmp_pa
     async def story() -> None:
         async with Script(OK).serving(served(keys, keys.server)) as url:
             access = Access(servers=(url,), origin="t", ca=Pem(path=str(keys.ours.ca)), user=owner(own))
-            async with Client(access, timing=Timing(connect=3, answer=3)) as one:
+            async with Client(access, timing=Timing(connect=60, answer=60)) as one:
                 put(keys.stranger)
                 with pytest.raises(ApiUnavailable):
                     await one.get("/", {})

@@ -31,7 +31,7 @@ T = TypeVar("T")
 PODS_PATH = "/api/v1/namespaces/default/pods"
 TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json"
 WIDGETS_PATH = "/apis/example.org/v1/namespaces/default/widgets"
-LIMIT = 30.0  # seconds after which a test that waits has failed
+LIMIT = 90.0  # seconds after which a test that waits has failed
 
 
 def pod(name: str = "web", **labels: str) -> dict[str, Any]:

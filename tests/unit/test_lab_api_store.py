@@ -21,7 +21,7 @@ from podwire.lab.api.watch import Event
 
 T = TypeVar("T")
 CONFIG_MAPS = next(kind for kind in kinds.BUILTIN if kind.kind == "ConfigMap")
-LIMIT = 10.0  # seconds after which a test that waits has failed
+LIMIT = 90.0  # seconds after which a test that waits has failed
 
 
 def run(story: Coroutine[Any, Any, T]) -> T:

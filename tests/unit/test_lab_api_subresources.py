@@ -16,7 +16,7 @@ from podwire.lab.api.kinds import DEPLOYMENTS, PODS
 from podwire.lab.api.server import ApiServer
 from podwire.lab.api.store import Store
 
-LIMIT = 30.0
+LIMIT = 90.0
 SCALE_PATH = "/apis/apps/v1/namespaces/default/deployments/web/scale"
 LOG_PATH = "/api/v1/namespaces/default/pods/web/log"
 TEMPLATE = {"metadata": {"labels": {"app": "web"}}, "spec": {"containers": [{"name": "c"}]}}

@@ -24,7 +24,7 @@ from podwire.kube.kinds import KINDS, NAMESPACES, NETWORK_POLICIES, PODS
 from podwire.kube.source import Batch, Skipped
 from tests.policy_cases import BASE, Manifest, at, namespace, pod, policy
 
-PATIENCE = 10.0
+PATIENCE = 90.0
 XA = ipaddress.ip_address(at("x/a"))
 
 
