@@ -128,7 +128,7 @@ class Node:
 
     @contextlib.contextmanager
     def calling_daemon(self, command: str, daemon: Daemon) -> Iterator[subprocess.Popen[bytes]]:
-        """As `calling`; the call has reached `daemon`. Where its deadline was over before, it is another one that has."""
+        """As `calling`; the call has reached `daemon`. Where its deadline was over before, another one has."""
         reached = False
         while not reached:
             with self.calling(command) as call:
