@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 import pytest
 
 from podwire.errors import PodwireError
-from podwire.lab import cluster, process, state
+from podwire.lab import cluster, names, process, state, topology
 from podwire.lab.api.kinds import ENDPOINT_SLICES, PODS, SERVICES
 from podwire.lab.state import LabState
 from podwire.lab.talk import Answer, ask
 from tests.netns.lab_fixtures import fresh_name
 
 Object = dict[str, Any]
-PATIENCE = 30.0
+_marks = itertools.count(1)
+PATIENCE = 90.0
 BOTH = "10.244.0.0/16,fd00:10:244::/56"
 
 
@@ -27,7 +29,14 @@ def proxied(request: pytest.FixtureRequest) -> Iterator[Stage]:
     lab = cluster.up(LabState(name=fresh_name(), nodes=state.plan_nodes(3, BOTH), pod_cidr=BOTH, proxy=request.param))
     try:
         stage = Stage(lab)
-        stage.apply(*manifests())
+        # One of two tokens that a packet without a way costs its sender (ip_error, icmp_send) would go to every SYN of
+        # a client that tries again each second, and none be left to tell it.
+        topology.run(
+            ["ip", "netns", "exec", names.namespace(lab.name, "balancer"), "sysctl", "-qw", "net.ipv4.icmp_ratelimit=0"]
+        )
+        servers, *others = manifests()
+        stage.apply(servers)  # before there are other pods, whose nodes would then get fewer of them
+        stage.apply(*others)
         yield stage
     finally:
         cluster.down(lab.name)
@@ -98,6 +107,27 @@ class Stage:
         """Applies, and waits until all pods are there and ready, and every node's rules know of them."""
         cluster.wait_ready(self.lab, cluster.apply(self.lab, objects))
         cluster.wait_rolled_out(self.lab, objects)
+        self.until("all pods to be in their Services' slices", self._is_sliced)
+        host = f"192.0.2.{next(_marks)}"
+        mark = [service("mark", "", ports=[{"port": 80}], ipFamilyPolicy="SingleStack"), _slice("mark", host)]
+        cluster.apply(self.lab, mark)
+        # which has come after all the rest, to proxies that take what comes in its order
+        self.until("all nodes' rules", lambda: all(host in self._rules(node.name) for node in self.lab.nodes))
+        cluster.delete(self.lab, mark)
+
+    def _is_sliced(self) -> bool:
+        for each in self.api.list(SERVICES, "default"):
+            if selector := each["spec"].get("selector"):
+                labels = ",".join(f"{key}={value}" for key, value in selector.items())
+                ready = [pod for pod in self.api.list(PODS, "default", labels=labels) if _is_ready(pod)]
+                known = [one for one in self.endpoints(each["metadata"]["name"]) if one["conditions"]["ready"]]
+                if len(known) != len(ready) * len(each["spec"]["ipFamilies"]):
+                    return False
+        return True
+
+    def _rules(self, node: str) -> str:
+        program = ["nft", "list", "ruleset"] if self.lab.proxy == "nftables" else ["iptables-save"]
+        return topology.run(["ip", "netns", "exec", names.namespace(self.lab.name, node), *program])
 
     def delete(self, *objects: Object) -> None:
         """Deletes, and waits until their pods are gone."""
@@ -165,6 +195,24 @@ class Stage:
                 return False
 
         process.wait_for(calm, seconds, what)
+
+
+def _slice(of: str, host: str) -> Object:
+    """One endpoint of a Service without a selector."""
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": of, "labels": {"kubernetes.io/service-name": of}},
+        "addressType": "IPv4",
+        "ports": [{"name": "", "port": 80, "protocol": "TCP"}],
+        "endpoints": [{"addresses": [host], "conditions": {"ready": True}}],
+    }
+
+
+def _is_ready(pod: Object) -> bool:
+    conditions = pod.get("status", {}).get("conditions") or ()
+    ready = any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+    return ready and "deletionTimestamp" not in pod["metadata"]
 
 
 def _of(addresses: Any, family: int) -> str:
