@@ -18,6 +18,7 @@ from podwire.lab.talk import ask
 
 Object = dict[str, Any]
 PORTS = [{"name": "http", "containerPort": 80}, {"name": "dns", "containerPort": 53, "protocol": "UDP"}]
+PATIENCE = 90.0
 ECHO = {"name": "web", "image": "echo", "ports": PORTS}
 
 
@@ -61,10 +62,10 @@ def on(lab: LabState, where: str, *words: str) -> str:
     return topology.run([*node.enter_command(lab, where), *words])
 
 
-def reaches(lab: LabState, source: str, address: str, port: int = 80) -> bool:
+def reaches(lab: LabState, source: str, address: str, port: int = 80, seconds: float = 0.5) -> bool:
     """Whether a packet says so, too."""
     try:
-        ask(lab.pod_netns("default", source), address, port, seconds=0.5)
+        ask(lab.pod_netns("default", source), address, port, seconds=seconds)
     except PodwireError:
         return False
     return True
@@ -81,7 +82,7 @@ def wait_served(lab: LabState, names: set[str]) -> None:
     def served() -> bool:
         return {each.service[1] for each in fetch(access(lab)).slices if each.endpoints} >= names
 
-    process.wait_for(served, 30, "the Services' endpoints")
+    process.wait_for(served, PATIENCE, "the Services' endpoints")
 
 
 def fetched_ip(lab: LabState, name: str) -> str:

@@ -126,7 +126,7 @@ class PolicyStage:
 
     def _settle(self) -> None:
         """Waits until every pod reaches its gateway, in both families: links and neighbours need a moment."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         for index, home in enumerate(NAMESPACES):
             for pod in PODS:
                 for gateway in (f"10.244.{index}.1", f"fd00:10:244::{index:x}01"):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from podwire.netns import inside
 
-TIMEOUT, PATIENCE = 0.25, 5.0
+TIMEOUT, PATIENCE = 0.25, 30.0
 _RESET = struct.pack("ii", 1, 0)
 T = TypeVar("T")
 

@@ -23,6 +23,7 @@ from podwire.lab import cluster, demo, demo_policy, node, process, proxy, state
 from podwire.lab.state import LabState
 from tests.netns.explain_stage import (
     ECHO,
+    PATIENCE,
     Object,
     address_of,
     fetched_ip,
@@ -71,8 +72,9 @@ def lab() -> Iterator[LabState]:
         demo.start_outside(made)
 
         wait_served(made, {"svc", "self", "wrong", "late"})
-        process.wait_for(lambda: passes(made, "near", "svc", "80"), 30, "the proxies to have the Services")
-        process.wait_for(lambda: passes(made, "near", "closed", "80"), 30, "the proxies to have the policies")
+        process.wait_for(lambda: passes(made, "near", "svc", "80"), PATIENCE, "the proxies to have the Services")
+        process.wait_for(lambda: passes(made, "near", "closed", "80"), PATIENCE, "the proxies to have the policies")
+        process.wait_for(lambda: passes(made, "host", "self", "80"), PATIENCE, "the other proxy to have them, too")
         yield made
     finally:
         cluster.down(made.name)
@@ -137,7 +139,7 @@ def test_every_command_that_is_shown_says_it_again(lab: LabState) -> None:
     assert of_each_sort.keys() == {"ip", "nft", "bridge", "ss", "sysctl"}
     for each in of_each_sort.values():
         words = [sys.executable, "-m", "podwire.cli.main", *shlex.split(each)[1:]]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE)
         # what is not in a set is an answer, too
         assert done.returncode == 0 or "Could not process rule: No such file" in done.stderr, done.stderr
 
@@ -178,7 +180,7 @@ def test_a_pod_that_has_no_address_because_its_nodes_daemon_is_down(lab: LabStat
                 "the other node",
                 True,
             )
-            assert reaches(lab, "a", address_of(lab, "b"))
+            assert reaches(lab, "a", address_of(lab, "b"), seconds=PATIENCE)
             node.start_daemon(lab, "node2")
             node.wait_daemon(lab, "node2")
     finally:
@@ -403,7 +405,7 @@ class TestFaults:
     def test_a_fault_is_named_with_its_hop_and_its_fix(self, untended: LabState, fault: Fault) -> None:
         lab = untended
         target = place(lab, fault.target)
-        assert reaches(lab, fault.source, target, int(fault.port))
+        assert reaches(lab, fault.source, target, int(fault.port), PATIENCE)
         with made(lab, fault):
             first = look(lab, fault.source, fault.target, fault.port).first(State.FAILS)
             assert first is not None
@@ -412,8 +414,12 @@ class TestFaults:
             assert fault.words in finding.text
             if fault.lost:
                 assert not reaches(lab, fault.source, target, int(fault.port))
-        assert look(lab, fault.source, fault.target, fault.port).first(State.FAILS) is None
-        process.wait_for(lambda: reaches(lab, fault.source, target, int(fault.port)), 20, "the way to be mended")
+        process.wait_for(
+            lambda: look(lab, fault.source, fault.target, fault.port).first(State.FAILS) is None,
+            PATIENCE,
+            "the way to be found mended",
+        )
+        assert reaches(lab, fault.source, target, int(fault.port), PATIENCE)
 
     def test_another_node_that_sees_the_pods_own_address_may_answer(self, untended: LabState) -> None:
         mend = no_masquerade_rule(untended)
@@ -421,7 +427,7 @@ class TestFaults:
             path = look(untended, "a", "host", "8080")
             assert path.first(State.FAILS) is None
             assert [hop.title for hop in path.hops if hop.state is State.WARNING] == ["the ends", "masquerade"]
-            assert reaches(untended, "a", address_of(untended, "host"), 8080)
+            assert reaches(untended, "a", address_of(untended, "host"), 8080, PATIENCE)
         finally:
             did(untended, *mend)
 
@@ -449,7 +455,7 @@ def on_node(lab: LabState, *words: str) -> tuple[int, Object]:
     flags = ["--kubeconfig", str(lab.files.node_kubeconfig), "--socket", str(lab.files.ipamd_socket("node1"))]
     asked = ["explain", *words, *flags, "-o", "json"]
     line = [*node.enter_command(lab, "node1"), sys.executable, "-m", "podwire.cli.main", *asked]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 

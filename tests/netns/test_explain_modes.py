@@ -9,7 +9,7 @@ import pytest
 from podwire.explain.hops import State
 from podwire.lab import cluster, process, proxy, state
 from podwire.lab.state import LabState
-from tests.netns.explain_stage import ECHO, labelled, look, on, passes, policy, service, wait_served
+from tests.netns.explain_stage import ECHO, PATIENCE, labelled, look, on, passes, policy, service, wait_served
 from tests.netns.lab_fixtures import fresh_name, pod
 
 BOTH = "10.244.0.0/16,fd00:10:244::/56"
@@ -31,7 +31,7 @@ def lab() -> Iterator[LabState]:
     try:
         cluster.wait_ready(made, cluster.apply(made, OBJECTS))
         wait_served(made, {"svc"})
-        process.wait_for(lambda: passes(made, "a", "svc", "80"), 30, "the proxies to have the Service")
+        process.wait_for(lambda: passes(made, "a", "svc", "80"), PATIENCE, "the proxies to have the Service")
         yield made
     finally:
         cluster.down(made.name)
