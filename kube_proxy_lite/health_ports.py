@@ -2,7 +2,8 @@
 
 A Service of type LoadBalancer with the policy Local has a node port that a balancer asks which nodes have endpoints:
 200 with their number where there are some and the proxy keeps up, 503 otherwise. One server a Service that asks for
-one, on all addresses; a port that another program has is reported and tried again.
+one, on all addresses, or on those that `nodePortAddresses` says; these are looked up again and again, since the node
+may get another. A port that another program has is reported and tried again.
 
 Source: Kubernetes v1.36 documentation, "Create an External Load Balancer", and kube-proxy's behaviour.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from aiohttp import web
@@ -20,17 +21,22 @@ from kube_proxy_lite.health import RETRY_SECONDS, Keeping, serve
 from kube_proxy_lite.model import Health
 
 Key = tuple[str, str]
+Place = tuple[str, int]
+ANYWHERE = ("",)
+"""All addresses, as `ServiceHealth.hosts` says it."""
 
 log = logging.getLogger(__name__)
 
 
 class ServiceHealth:
-    """The servers, one a port."""
+    """The servers, one a port and address."""
 
-    def __init__(self, keeping: Keeping) -> None:
+    def __init__(self, keeping: Keeping, hosts: Callable[[], Sequence[str]] = lambda: ANYWHERE) -> None:
+        """`hosts` says which addresses of the node there are servers on; it may read files."""
         self._keeping = keeping
+        self._hosts = hosts
         self._wanted: dict[Key, Health] = {}
-        self._runners: dict[int, tuple[Key, web.AppRunner]] = {}
+        self._runners: dict[Place, tuple[Key, web.AppRunner]] = {}
         self._changed = asyncio.Event()
         self.missing: dict[int, str] = {}
         """Ports that cannot be served, and why."""
@@ -45,33 +51,39 @@ class ServiceHealth:
         if changed:
             self._changed.set()
 
+    def look_again(self) -> None:
+        """`hosts` may say something else than before."""
+        self._changed.set()
+
     async def run_forever(self) -> None:
         """Serves what is wanted, until cancelled."""
         try:
             while True:
                 self._changed.clear()
-                await self._serve()
+                hosts = await asyncio.to_thread(self._hosts) if self._wanted else ()
+                await self._serve(hosts)
+                again = self.missing or (self._wanted and hosts != ANYWHERE)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(RETRY_SECONDS if self.missing else None):
+                    async with asyncio.timeout(RETRY_SECONDS if again else None):
                         await self._changed.wait()
         finally:
             for _, runner in self._runners.values():
                 await runner.cleanup()
             self._runners.clear()
 
-    async def _serve(self) -> None:
+    async def _serve(self, hosts: Sequence[str]) -> None:
         """Brings the servers to what is wanted, as far as ports can be had."""
-        wanted = {health.port: key for key, health in self._wanted.items()}
-        for port, (key, runner) in list(self._runners.items()):
-            if wanted.get(port) != key:
-                del self._runners[port]
+        wanted = {(host, health.port): key for key, health in self._wanted.items() for host in hosts}
+        for place, (key, runner) in list(self._runners.items()):
+            if wanted.get(place) != key:
+                del self._runners[place]
                 await runner.cleanup()
         missing: dict[int, str] = {}
-        for port, key in wanted.items():
-            if port in self._runners:
+        for (host, port), key in wanted.items():
+            if (host, port) in self._runners:
                 continue
             try:
-                self._runners[port] = key, await serve(self._app(key), f":{port}")
+                self._runners[host, port] = key, await serve(self._app(key), f"{host}:{port}")
             except OSError as error:
                 missing[port] = why = error.strerror or str(error)
                 if self.missing.get(port) != why:

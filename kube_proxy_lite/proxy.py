@@ -35,7 +35,7 @@ from kube_proxy_lite.apply.sysctls import set_conntrack
 from kube_proxy_lite.attached import AttachedPods
 from kube_proxy_lite.drift import Drift
 from kube_proxy_lite.health import Keeping
-from kube_proxy_lite.health_ports import ServiceHealth
+from kube_proxy_lite.health_ports import ANYWHERE, ServiceHealth
 from kube_proxy_lite.metrics import Metrics
 from kube_proxy_lite.model import Network, Settings
 from kube_proxy_lite.modes import make_mode, make_policy, remove_all_but
@@ -83,9 +83,10 @@ class Proxy:
         self._policies_there = asyncio.Event()
         self._policy = self._make_policy() if config.network_policy else None
         self._keeping = Keeping(2 * config.sync_period, self._oldest_wait, self._synced_at)
-        self._health = ServiceHealth(self._keeping)
+        self._health = ServiceHealth(self._keeping, self._health_hosts)
         self._sync.health_changed = self._health.take
         self._sync.node_changed = self._keeping.take_node
+        self._sync.settings_changed = self._health.look_again
 
     def _make_policy(self) -> PolicySync:
         made = make_policy(self._config.mode)
@@ -197,6 +198,14 @@ class Proxy:
         asked = [self._sync.runner.requested_at, self._policy.runner.requested_at if self._policy else None]
         oldest = min((each for each in asked if each is not None), default=None)
         return 0.0 if oldest is None else asyncio.get_running_loop().time() - oldest
+
+    def _health_hosts(self) -> tuple[str, ...]:
+        """Where health node ports are: where NodePorts are, which is all addresses unless the operator says which."""
+        settings = self._sync.settings
+        if not settings.node_port_addresses:
+            return ANYWHERE
+        own = (each for each in own_addresses() if settings.has_node_ports(each) and not each.is_link_local)
+        return tuple(sorted(map(str, own)))
 
     def _refresh(self) -> None:
         """Numbers that are looked up when somebody asks."""

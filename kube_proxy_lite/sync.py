@@ -124,7 +124,8 @@ class ServiceSync:
         self._observer = observer
         self._settings_of = settings_of
         self._own_addresses = own_addresses
-        self._settings = services.settings
+        self.settings = services.settings
+        """What the rules are made by now."""
         self._stale = StaleConnections()
         self._triggers = TriggerTimes(time.time())
         self.intake = Intake(
@@ -149,6 +150,8 @@ class ServiceSync:
         """Is told which Services' health checks are others than before."""
         self.node_changed: Callable[[Node | None], None] = lambda _node: None
         """Is told the node's own object as it is now, None when it is gone."""
+        self.settings_changed: Callable[[], None] = lambda: None
+        """Is told that `settings` are others than before."""
         self.synced = asyncio.Event()
         """Is set when the kernel has been brought to what the cluster says."""
         self.synced_at = 0.0
@@ -203,10 +206,11 @@ class ServiceSync:
         self._observer.programmed(self._triggers.done(self.synced_at))
 
     def _reconfigure(self) -> tuple[Any, ...]:
-        settings = self._settings_of(self.services) if self._settings_of else self._settings
-        if settings == self._settings:
+        settings = self._settings_of(self.services) if self._settings_of else self.settings
+        if settings == self.settings:
             return ()
-        self._settings = settings
+        self.settings = settings
+        self.settings_changed()
         return self._renderer.configure(settings)
 
     def _accept_health_checks(self, changed: Mapping[Key, Health | None]) -> tuple[Any, ...]:
@@ -238,7 +242,7 @@ class ServiceSync:
         looked_at = self._stale.begin()
         service_cidrs = self.services.service_cidrs
         try:
-            own = await asyncio.to_thread(self._node_port_addresses, self._settings)
+            own = await asyncio.to_thread(self._node_port_addresses, self.settings)
             found = await self._connections.select(
                 lambda all_: self._stale.stale(all_, looked_at, own, self.services.endpoints, service_cidrs)
             )

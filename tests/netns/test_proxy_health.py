@@ -102,7 +102,7 @@ def test_a_port_for_health_checks_that_is_taken_costs_no_service(place: ProxySta
     with inside(place.node.path, lambda: socket.create_server(("0.0.0.0", HEALTH_PORT))):
         proxy = place.start(ready=False)
         place.served("10.96.0.1", LOCAL)
-        assert len(proxy.said("/healthz cannot be served", "in use")) == 1
+        until(lambda: len(proxy.said("/healthz cannot be served", "in use")) == 1)
     until(lambda: proxy.healthz()[0] == 200)
 
 
@@ -150,6 +150,29 @@ def test_pods_and_node_ports_by_what_the_node_is(place: ProxyStage) -> None:
     place.api.put(moved)
     until(lambda: list(place.elements("pods")) == ["10.244.7.0/24"])
     assert place.answers("10.0.1.1", 30001) == LOCAL
+
+
+def test_health_node_ports_are_where_node_ports_are(place: ProxyStage) -> None:
+    """And follow the node's object; elsewhere the port is anybody's."""
+    with inside(place.node.path, lambda: socket.create_server(("10.0.1.1", CHECKED))):
+        place.api.put(balanced(), endpoints("web", LOCAL), node())
+        proxy = place.start(nodePortAddresses=["primary"])
+        until(lambda: asked_at(place, "10.0.0.1") == 200)
+        assert asked_at(place, "127.0.0.1") == 0
+        assert proxy.metric("podwire_proxy_health_ports_missing") == 0
+    moved = node()
+    moved["status"] = {"addresses": [{"type": "InternalIP", "address": "10.0.1.1"}]}
+    place.api.put(moved)
+    until(lambda: asked_at(place, "10.0.1.1") == 200)
+    assert asked_at(place, "10.0.0.1") == 0
+
+
+def asked_at(place: ProxyStage, host: str) -> int:
+    """The status that the health node port answers with at an address of the node, 0 when nobody is there."""
+    try:
+        return inside(place.node.path, lambda: ask(host, CHECKED, "/"))[0]
+    except OSError:
+        return 0
 
 
 def test_limits_of_connection_tracking(place: ProxyStage) -> None:
