@@ -261,7 +261,7 @@ class Agent:
             try:
                 await self._join_once()
                 return
-            except (TryAgain, PoolExhausted) as error:
+            except (TryAgain, PoolExhausted, CniError) as error:
                 self._attachments.waiting_for = str(error)
                 log.warning("joining the cluster waits: %s", error)
                 if isinstance(error, EtcdUnavailable) and not self._alone:
@@ -278,7 +278,7 @@ class Agent:
         """A list of nodes that lacks this one is not believed: etcd was wiped or restored, or the node was away and the
         cluster was made to forget it. It joins again, since its blocks may be gone, too; meanwhile the kernel keeps
         what it has of the others. One attempt: the next list, or `hold_blocks`, brings another."""
-        with suppress(TryAgain, PoolExhausted):
+        with suppress(TryAgain, PoolExhausted, CniError):
             async with self._joining, self.keeper.pausing():
                 if mine is not None and not self._is_altered(mine):
                     return  # a block was claimed or returned meanwhile

@@ -6,7 +6,8 @@
 
 In both directions nobody has an address that the node does not hold, and no two nodes ever hold one block. An ADD that
 finds nothing free waits for a claim that is possible, briefly: with etcd away it gets "try again later" soon; when the
-pool has no block left, or the node may not have more, it gets the error that says so.
+pool has no block left, or the node may not have more, it gets the error that says so. What a kernel that refuses, or an
+nft that does not answer, keeps from being finished is finished in another round.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ipam_daemon import supply
 from ipam_daemon.allocator import BlockUse
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.claims import PoolExhausted
-from ipam_daemon.errors import Exhausted, TryAgainLater
+from ipam_daemon.errors import CniError, Exhausted, TryAgainLater
 from ipam_daemon.faults import point
 from ipam_daemon.model import Block, ClusterConfig, Network, Pool
 from ipam_daemon.registry import Registry
@@ -99,7 +100,7 @@ class BlockKeeper:
             try:
                 async with self._lock:
                     await self._round()
-            except (TryAgain, PoolExhausted) as error:
+            except (TryAgain, PoolExhausted, CniError) as error:
                 await self._trouble(error)
 
     async def more(self, shortage: Exhausted) -> None:
@@ -112,7 +113,7 @@ class BlockKeeper:
                 await self._claim_for_add()
         except PoolExhausted as error:
             raise Exhausted(f"{shortage}; {error}") from error
-        except (TimeoutError, TryAgain) as error:
+        except (TimeoutError, TryAgain, CniError) as error:
             self.obstacle = str(error) or f"no answer within {_PATIENCE:g} s"
             raise TryAgainLater(f"{shortage}; claiming another block: {self.obstacle}") from error
         for pool in self._config.pools:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from ipam_daemon.blocks import BlockKeeper
+from ipam_daemon.errors import Exhausted, PlumbingFailed, TryAgainLater
 from ipam_daemon.held import HeldFile, HeldKeeper
 from ipam_daemon.model import Block, ClusterConfig, Pool
 from ipam_daemon.registry_fake import FakeRegistry, FakeStore
@@ -29,7 +31,7 @@ from tests.netns.containers import (
     status,
     wait,
 )
-from tests.netns.node_fixtures import COOLDOWN, engine, play
+from tests.netns.node_fixtures import COOLDOWN, Engine, engine, eventually, play, pods
 
 PATIENCE = 90.0
 Record = Callable[[str, object], None]
@@ -168,15 +170,7 @@ def test_a_block_leaves_what_outlives_a_reboot_before_it_leaves_etcd(tmp_path: P
                 it.journal.set_blocks(blocks)
                 it.attachments.addresses.use_blocks(blocks)
 
-            keeper = BlockKeeper(
-                registry=registry,
-                attachments=it.attachments,
-                claim=lambda pool: registry.claim_block(pool, "node-1", "id-1", 1),
-                use=use,
-                limit=4,
-                idle_s=0,
-                keep=keep,
-            )
+            keeper = keeper_of(it, registry, use, keep)
             first, second = [await registry.claim_block(pool, "node-1", "id-1", 1) for _ in range(2)]
             await use([first, second])
             await held.write()
@@ -188,5 +182,61 @@ def test_a_block_leaves_what_outlives_a_reboot_before_it_leaves_etcd(tmp_path: P
             await keeper._round()
             assert file.read().blocks == (first,)
             assert set(store.blocks) == {first.cidr}
+
+    play(story)
+
+
+def keeper_of(
+    it: Engine,
+    registry: FakeRegistry,
+    use: Callable[[Sequence[Block]], Awaitable[None]],
+    keep: Callable[[], Awaitable[bool]],
+) -> BlockKeeper:
+    return BlockKeeper(
+        registry=registry,
+        attachments=it.attachments,
+        claim=lambda pool: registry.claim_block(pool, "node-1", "id-1", 1),
+        use=use,
+        limit=4,
+        idle_s=0,
+        keep=keep,
+    )
+
+
+def test_a_block_that_the_kernel_refuses_is_tried_again(tmp_path: Path) -> None:
+    """An nft that gives no answer within its time, say: the daemon lives, an ADD is told to come again."""
+
+    async def story() -> None:
+        async with engine(tmp_path, "10.244.1.0/29") as it:
+            registry, pool = FakeRegistry(FakeStore()), Pool(cidr=ipaddress.ip_network("10.244.1.0/24"), block_size=29)
+            refused, obstacle = 0, "nft gave no answer within 10 s"
+
+            async def keep() -> bool:
+                return True
+
+            async def use(blocks: Sequence[Block]) -> None:
+                nonlocal refused
+                if obstacle:
+                    refused += 1
+                    raise PlumbingFailed(obstacle)
+                it.attachments.addresses.use_blocks(blocks)
+
+            keeper = keeper_of(it, registry, use, keep)
+            keeper.begin(ClusterConfig(pools=(pool,)), it.attachments.addresses.allocator.blocks)
+            with pods(4) as full:
+                for each in full:
+                    await it.add(each.name, each.path)
+                with pytest.raises(TryAgainLater, match="claiming another block: nft gave no answer"):
+                    await keeper.more(Exhausted("all in use"))
+                running = asyncio.ensure_future(keeper.run_forever())
+                before = refused
+                await eventually(lambda: refused > before or running.done())
+                assert not running.done(), running.exception()
+                obstacle = ""
+                await eventually(lambda: len(it.attachments.addresses.allocator.blocks) > 1 or running.done())
+                assert not running.done(), running.exception()
+                running.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await running
 
     play(story)
