@@ -156,8 +156,8 @@ def add_again(box: Container, record: Callable[[str, object], None], since: floa
 
 def know_each_other(lab: LabState) -> LabState:
     """Waits until every node reaches the pods of all others: a daemon that is ready need not have heard of them yet."""
-    for each in lab.nodes:
-        wait(lambda name=each.name: status(lab, name).peers == len(lab.nodes) - 1, f"{each.name} to know its peers")  # type: ignore[misc]
+    others = len(lab.nodes) - 1
+    wait(lambda: all(status(lab, each.name).peers == others for each in lab.nodes), "the nodes to know each other")
     return lab
 
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not (DEBIAN / "portmap").exists(), reason="needs
 MAC = "02:00:00:00:00:42"
 HOST_PORT = 18080
 SERVE = "import socket; s=socket.create_server(('', 80)); print(flush=True)\nwhile True: s.accept()[0].sendall(b'pod')"
-ASK = "import socket, sys; print(socket.create_connection((sys.argv[1], int(sys.argv[2])), 3).recv(9).decode())"
+ASK = "import socket, sys; print(socket.create_connection((sys.argv[1], int(sys.argv[2])), 60).recv(9).decode())"
 
 
 @pytest.fixture(scope="module")

@@ -51,12 +51,21 @@ def lab() -> Iterator[LabState]:
 
 
 def asked(lab: LabState, name: str, *words: str) -> tuple[int, Any]:
-    """`podwire` with these words of a node's daemon: its exit code, and what it printed."""
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        code = cli.main([*words, "--socket", str(lab.files.ipamd_socket(name)), "-o", "json"])
-    assert not errors.getvalue(), errors.getvalue()
-    return code, json.loads(out.getvalue())
+    """`podwire` with these words of a node's daemon: its exit code, and what it printed. The command has less patience
+    than a test on a machine that stalls."""
+    said: list[tuple[int, str, str]] = []
+
+    def is_answered() -> bool:
+        out, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            code = cli.main([*words, "--socket", str(lab.files.ipamd_socket(name)), "-o", "json"])
+        said.append((code, out.getvalue(), errors.getvalue()))
+        return "no daemon answers" not in errors.getvalue()
+
+    wait(is_answered, f"an answer of {name}'s daemon")
+    code, out, errors = said[-1]
+    assert not errors, errors
+    return code, json.loads(out)
 
 
 class Check:
