@@ -19,7 +19,7 @@ import time
 
 _TOTAL_RETRANS = 100  # the offset of tcpi_total_retrans in struct tcp_info, linux/tcp.h
 _THREADS = 4
-_PATIENCE = 5.0
+_PATIENCE = 20.0
 
 
 def once(address: str, port: int) -> tuple[str, str]:

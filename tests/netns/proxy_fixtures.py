@@ -28,7 +28,7 @@ from tests.netns.service_stage import Stage
 from tests.unit.service_cases import address, network
 
 HEALTH_PORT, METRICS_PORT = 10256, 10249
-PATIENCE = 30.0
+PATIENCE = 90.0
 _numbers = itertools.count(1)
 
 
@@ -135,7 +135,7 @@ class Proxy:
 
 def ask(host: str, port: int, page: str) -> tuple[int, str, dict[str, str]]:
     """Asks over HTTP. Raises OSError."""
-    connection = http.client.HTTPConnection(host, port, timeout=5)
+    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
     try:
         connection.request("GET", page)
         answer = connection.getresponse()

@@ -168,7 +168,7 @@ class Stage:
         """The network namespace of `client`, `outside` or a node."""
         return self.lab.pod_netns("default", name) if name == "client" else self.lab.netns(name)
 
-    def ask(self, source: str, address: str, port: int = 80, protocol: str = "TCP", seconds: float = 3.0) -> Answer:
+    def ask(self, source: str, address: str, port: int = 80, protocol: str = "TCP", seconds: float = 20.0) -> Answer:
         """Asks once."""
         return ask(self.place(source), address, port, protocol, seconds)
 

@@ -87,14 +87,14 @@ def test_datagrams_go_the_same_way(proxied: Stage) -> None:
 
 def test_what_has_nobody_is_refused_and_what_has_nobody_here_is_dropped(proxied: Stage) -> None:
     empty, one = proxied.address("empty"), proxied.node_port("one")
-    assert proxied.outcome("client", empty) == "refused"
-    assert proxied.outcome("node2", empty) == "refused"
-    no_such_port = "refused" if proxied.lab.proxy == "nftables" else "timed out"
-    assert proxied.outcome("client", proxied.address("web"), 81) == no_such_port
+    assert proxied.outcome("client", empty, seconds=20) == "refused"
+    assert proxied.outcome("node2", empty, seconds=20) == "refused"
+    seconds, no_such_port = (20, "refused") if proxied.lab.proxy == "nftables" else (0.5, "timed out")
+    assert proxied.outcome("client", proxied.address("web"), 81, seconds) == no_such_port
     assert proxied.outcome("outside", proxied.node("node1"), one) == "timed out", "Local, without a pod there"
     proxied.until(
         # An ICMP error that comes while connect() still has the socket to itself is not told (tcp_v4_err): the second
-        # SYN, a second later, meets no such thing. And the router answers only so often.
+        # SYN, a second later, meets no such thing.
         "an address that no Service has to have no way",
         lambda: "No route to host" in proxied.outcome("outside", "198.51.100.126", seconds=3.5),
     )
@@ -181,7 +181,7 @@ class Load:
 
 def test_scaling_down_loses_no_connection_of_pods_that_wait_before_they_end(proxied: Stage) -> None:
     """The pods leave the rules as soon as they are being deleted; their preStop hook gives that the time it takes."""
-    waits = {"lifecycle": {"preStop": {"sleep": {"seconds": 3}}}}
+    waits = {"lifecycle": {"preStop": {"sleep": {"seconds": 6}}}}
     objects = [deployment("drains", 4, more=waits), service("drains", "drains")]
     proxied.apply(*objects)
     try:
@@ -220,7 +220,8 @@ def test_the_balancer_follows_pods_and_proxies(proxied: Stage) -> None:
         try:
             proxied.until("node1 to be left out", lambda: hops(proxied, "shared") == everywhere - {"node1"})
             assert set(proxied.many("outside", proxied.balanced("shared"))), "everybody is answered"
-            assert proxied.outcome("client", proxied.address("web")) == "answered", "rules outlive the proxy"
+            answer = proxied.outcome("client", proxied.address("web"), seconds=20)
+            assert answer == "answered", "rules outlive the proxy"
             shown = {each["name"]: each["proxy"]["healthy"] for each in status.status(proxied.lab)["nodes"]}
             assert shown == {"node1": False, "node2": True, "node3": True}
         finally:

@@ -15,6 +15,7 @@ import pytest
 from podwire.kube.kinds import SERVICE_CIDRS as SERVICE_CIDRS_KIND
 from tests.netns.plain_api import inside
 from tests.netns.proxy_fixtures import (
+    PATIENCE,
     SERVICE_CIDRS,
     Proxy,
     ProxyStage,
@@ -212,7 +213,7 @@ def test_an_nft_that_fails_is_tried_again_and_said_once(place: ProxyStage, tmp_p
 
 def test_a_node_without_nft_is_told_what_is_missing(place: ProxyStage, tmp_path: Path) -> None:
     proxy = place.start(ready=False, path=str(tmp_path))
-    assert proxy.process.wait(30) == 1
+    assert proxy.process.wait(PATIENCE) == 1
     assert proxy.log.read_text() == (
         "podwire-proxy: the program nft is not there, expected it in PATH; it comes with nftables\n"
     )
@@ -303,7 +304,7 @@ def test_cleanup_removes_what_is_ours_and_nothing_else(place: ProxyStage, mode: 
     assert POLICY[mode] in place.rules()
     assert place.answers() == LOCAL
     cleaner = place.start("--cleanup", ready=False)
-    assert cleaner.process.wait(30) == 0, cleaner.log.read_text()
+    assert cleaner.process.wait(PATIENCE) == 0, cleaner.log.read_text()
     left = place.rules()
     assert "podwire_p" not in left
     assert "PODWIRE" not in left
