@@ -220,8 +220,8 @@ def test_the_balancer_follows_pods_and_proxies(proxied: Stage) -> None:
         try:
             proxied.until("node1 to be left out", lambda: hops(proxied, "shared") == everywhere - {"node1"})
             assert set(proxied.many("outside", proxied.balanced("shared"))), "everybody is answered"
-            answer = proxied.outcome("client", proxied.address("web"), seconds=20)
-            assert answer == "answered", "rules outlive the proxy"
+            outcome = proxied.outcome("client", proxied.address("web"), seconds=20)
+            assert outcome == "answered", "rules outlive the proxy"
             shown = {each["name"]: each["proxy"]["healthy"] for each in status.status(proxied.lab)["nodes"]}
             assert shown == {"node1": False, "node2": True, "node3": True}
         finally:
