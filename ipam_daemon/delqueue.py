@@ -3,7 +3,8 @@
 While the daemon is away the executable writes each DEL to a file and tells the runtime that it succeeded (DESIGN.md
 §3), so what lies here is owed. It is replayed before the daemon takes its first call, and again every few seconds, for
 an executable that lost its patience with a daemon that was only slow. A file goes when its DEL is done; one that cannot
-be read is set aside and counted. DELs of an earlier boot are done: their namespaces died with it.
+be read is set aside and counted, and what the kernel refuses is owed until it does not. DELs of an earlier boot are
+done: their namespaces died with it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from ipam_daemon.faults import point
 from ipam_daemon.identity import sync_directory
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.requests import parse_request
-from podwire.errors import TryAgain
 from podwire.v1 import cni_pb2
 
 _INTERVAL = 2.0
@@ -88,17 +88,25 @@ class DelQueue:
             request = _read(path)
             if request.boot_id != self._boot_id:
                 return "earlier-boot"
-            await self._attachments.delete(parse_request(request))
+            call = parse_request(request)
         except FileNotFoundError:
             return "done"
-        except (TryAgain, OSError, sqlite3.Error) as error:
-            log.warning("a queued DEL waits: %s", error, extra={"fields": {"file": path.name}})
-            return "later"
+        except OSError as error:
+            return _later(path, error)
         except (DecodeError, CniError) as error:
             log.error("a queued DEL cannot be done: %s", error, extra={"fields": {"file": path.name}})
             return "bad"
+        try:
+            await self._attachments.delete(call)
+        except (CniError, OSError, sqlite3.Error) as error:
+            return _later(path, error)
         log.info("replayed a queued DEL", extra={"fields": {"file": path.name, "container": request.container_id}})
         return "done"
+
+
+def _later(path: Path, error: Exception) -> str:
+    log.warning("a queued DEL waits: %s", error, extra={"fields": {"file": path.name}})
+    return "later"
 
 
 def _read(path: Path) -> cni_pb2.CallRequest:
