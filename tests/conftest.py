@@ -163,7 +163,8 @@ RUN_MARK = "PODWIRE_TEST_RUN"
 LAB_MARK = b"PODWIRE_LAB="
 NETNS = Path("/run/netns")
 LABS = Path("/run/podwire-lab")
-PATIENCE = 5.0  # seconds in which what is on its way out may go
+PATIENCE = 60.0  # seconds in which what is on its way out may go
+BRIEFLY = 5.0  # the same while another run is under way, whose things are there for as long as it likes
 
 
 class Process:
@@ -261,9 +262,9 @@ class Guard:
         for line in look_quickly() - self.before:
             self.first_seen.setdefault(line, test)
 
-    def left(self) -> list[str]:
-        """What was not there before and does not go away by itself, one line each."""
-        deadline = time.monotonic() + PATIENCE
+    def left(self, patience: float) -> list[str]:
+        """What was not there before and does not go away by itself within so many seconds, one line each."""
+        deadline = time.monotonic() + patience
         while new := look(self.mark) - self.before:
             is_theirs = someone_elses(self.mark)
             new = {line for line in new if not is_theirs(line)}
@@ -276,7 +277,7 @@ class Guard:
         return f" (first seen after {self.first_seen[line]})" if line in self.first_seen else ""
 
     def alone(self) -> bool:
-        """True when no other run of these tests is under way."""
+        """True when no other run of these tests is under way; none begins then until the lock is closed."""
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -292,8 +293,8 @@ def nothing_is_left(pytestconfig: pytest.Config) -> Iterator[None]:
     """Fails the run when it leaves something behind. Autouse and here, so it is torn down after every other fixture."""
     guard = pytestconfig.stash[GUARD] = Guard()
     yield
-    left = guard.left()
-    alone = guard.alone()
+    alone = guard.alone()  # before the look: a run that ends after it has left nothing that is ours
+    left = guard.left(PATIENCE if alone else BRIEFLY)
     os.close(guard.lock)
     if not left:
         return
