@@ -27,7 +27,7 @@ class _Leaping(selectors.SelectSelector):
 
 
 def play(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Runs a story on a loop whose time passes at once, and only where it waits: how slow the machine is, nobody sees."""
+    """Runs a story on a loop whose time passes at once, and only where it waits: however slow the machine is."""
     selector = _Leaping()
     loop = asyncio.SelectorEventLoop(selector)
     loop.time = lambda: selector.leapt  # type: ignore[method-assign]
