@@ -31,7 +31,8 @@ from ipam_daemon.rtnl import add_address
 _UP = "up"
 _FORWARDED_GROUPS = 0xFFF8
 """The reserved addresses 01:80:c2:00:00:03 to :0f, as a mask: a bridge that keeps such a frame to itself learns its
-sender's MAC before anybody has looked at it (IEEE 802.1D, table 7-10; the kernel allows no mask for :00 to :02)."""
+sender's MAC before anybody has looked at it (IEEE 802.1D, table 7-10). The kernel allows no mask for :00 to :02 here;
+for a pod's port it does (wires.FORWARDED_GROUPS)."""
 
 
 class Devices:

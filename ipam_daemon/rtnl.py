@@ -33,14 +33,14 @@ _REQUEST, _ACK, _EXCL, _CREATE = 0x1, 0x4, 0x200, 0x400
 _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 _ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
-_U8, _U32, _ERRNO = struct.Struct("=B"), struct.Struct("=I"), struct.Struct("=i")
+_U8, _U16, _U32, _ERRNO = struct.Struct("=B"), struct.Struct("=H"), struct.Struct("=I"), struct.Struct("=i")
 _BUFFER = 1 << 16
 
 # attributes and values
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_OPERSTATE = 1, 3, 4, 10, 16
 _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_GROUP, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 18, 20, 27, 28, 29
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
-_VETH_INFO_PEER, _BRPORT_MODE = 1, 4
+_VETH_INFO_PEER, _BRPORT_MODE, _BRPORT_GROUP_FWD_MASK = 1, 4, 31
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _RTA_OIF, _RTA_GATEWAY = 4, 5
 _IFF_UP, _IFA_F_NODAD, _SKIP_STATS = 0x1, 0x02, 1 << 3
@@ -83,9 +83,11 @@ def make_pair(host: End, master: int, peer: End, netns: int) -> Message:
     return Message(_NEWLINK, _CREATE | _EXCL, body, f"veth pair {host.ifname}")
 
 
-def set_port(index: int, alias: str) -> Message:
-    """Makes a bridge port send back to where a frame came from (hairpin), and gives the link an alias."""
-    info = attribute(_INFO_SLAVE_KIND, b"bridge") + attribute(_INFO_SLAVE_DATA, attribute(_BRPORT_MODE, _U8.pack(1)))
+def set_port(index: int, alias: str, forwarded_groups: int) -> Message:
+    """Makes a bridge port send back to where a frame came from (hairpin), and forward frames to these of the reserved
+    group addresses (a mask of the last octet); gives the link an alias."""
+    port = attribute(_BRPORT_MODE, _U8.pack(1)) + attribute(_BRPORT_GROUP_FWD_MASK, _U16.pack(forwarded_groups))
+    info = attribute(_INFO_SLAVE_KIND, b"bridge") + attribute(_INFO_SLAVE_DATA, port)
     named = attribute(_IFLA_IFALIAS, alias.encode()) if alias else b""
     body = _LINK.pack(0, 0, index, 0, 0) + named + attribute(_IFLA_LINKINFO, info)
     return Message(_NEWLINK, 0, body, "bridge port")

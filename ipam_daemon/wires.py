@@ -62,6 +62,10 @@ from podwire.netns import NetnsError, inside, open_netns
 
 DOOMED_GROUP = 0x70770DED
 """The link group of wires that are to be deleted."""
+FORWARDED_GROUPS = 0xFFFD
+"""The reserved group addresses 01:80:c2:00:00:0x that a port forwards, as a mask: all but that of pause frames, which
+the kernel drops. A bridge that keeps such a frame to itself learns its sender's MAC before anybody has looked at it
+(IEEE 802.1D, table 7-10; br_handle_frame())."""
 _UP = "up"
 _CARRIER_SECONDS, _CARRIER_POLL = 5.0, 0.001  # a kernel before 6.9 may run its link watch once a second
 
@@ -175,7 +179,7 @@ class Wires:
     def _configure_port(self, attachment: Attachment) -> None:
         with naming(f"bridge port {attachment.host_ifname}"):
             index = index_of(attachment.host_ifname)
-            self._thread.channel.exchange([set_port(index, alias_of(attachment))])
+            self._thread.channel.exchange([set_port(index, alias_of(attachment), FORWARDED_GROUPS)])
 
     def _await_carrier(self, host_ifname: str) -> None:
         """Returns when the host's end sends: until then the pod's first answers would be dropped.
@@ -314,8 +318,11 @@ class Wires:
         if link is None:
             return [f"{attachment.host_ifname} is gone"]
         found = []
+        port = link.get(("linkinfo", "slave_data"))
         if link.get("master") != index_of(self._bridge):
             found.append(f"{attachment.host_ifname} is not a port of {self._bridge}")
+        elif port is None or not port.get("mode") or port.get("group_fwd_mask") != FORWARDED_GROUPS:
+            found.append(f"{attachment.host_ifname} is a port of other settings")
         if link.get("state") != _UP:
             found.append(f"{attachment.host_ifname} is down")
         return found

@@ -53,6 +53,11 @@ TAKEN_APART = {  # where, `ip …`, what CHECK says
     "pod's end down": ("pod", "link set eth0 down", "eth0 is down"),
     "pod's end renamed": ("pod", "link set eth0 down name other", "has no interface eth0"),
     "port out of the bridge": ("node", "link set HOST nomaster", "not a port of pw0"),
+    "port that keeps frames to itself": (
+        "node",
+        "link set HOST type bridge_slave group_fwd_mask 0",
+        "a port of other settings",
+    ),
     "port down": ("node", "link set HOST down", "is down"),
     "wire deleted": ("node", "link del HOST", "is gone"),
     "namespace deleted": ("machine", "netns del POD", "no network namespace"),

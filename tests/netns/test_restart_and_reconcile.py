@@ -222,6 +222,21 @@ def test_a_port_that_somebody_took_apart_is_mended(tmp_path: Path, damage: tuple
     play(story)
 
 
+def test_a_port_of_a_version_before_is_given_what_ports_have_now(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with engine(tmp_path) as it:
+            with pods(1) as (a,):
+                host = (await it.add("a", a.path))["interfaces"][0]["name"]
+                it.node.ip("link", "set", host, "type", "bridge_slave", "group_fwd_mask", "0", "hairpin", "off")
+                await it.reconciler.round()
+                await it.reconciler.round()
+                (port,) = it.node.json("link", "show", "dev", host)
+                data = port["linkinfo"]["info_slave_data"]
+                assert (data["hairpin"], int(data["group_fwd_mask"], 16)) == (True, 0xFFFD)
+
+    play(story)
+
+
 def test_a_port_that_cannot_be_mended_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
     """A macvlan device on it keeps the port out of any bridge (EBUSY)."""
 

@@ -213,9 +213,13 @@ KINDS: dict[str, tuple[bytes, str]] = {
         to_pod(udp(NEIGHBOUR, NODE, TOKEN), target="01:80:c2:00:00:0e"),
         "address",
     ),
-    "to a bridge's own address that cannot be forwarded": (
-        to_pod(udp(NEIGHBOUR, NODE, TOKEN), source=ITS_MAC, target="01:80:c2:00:00:02"),
-        "reserved",
+    "another pod's MAC, to a bridge's own address that a bridge alone cannot forward": (
+        to_pod(udp(ME, NODE, TOKEN), source=ITS_MAC, target="01:80:c2:00:00:02"),
+        "mac",
+    ),
+    "another pod's MAC, to where spanning trees are told": (
+        to_pod(udp(ME, NODE, TOKEN), source=ITS_MAC, target="01:80:c2:00:00:00"),
+        "mac",
     ),
 }
 HARMLESS: dict[str, bytes] = {

@@ -39,13 +39,14 @@ def test_a_pair_is_made_up_in_its_bridge_and_its_peer_elsewhere() -> None:
 
 
 def test_a_port_is_named_and_sends_back() -> None:
-    link = read(rtnl.set_port(5, "podwire a/b/c"), ifinfmsg)
+    link = read(rtnl.set_port(5, "podwire a/b/c", 0xFFFD), ifinfmsg)
     assert (link["index"], link["change"]) == (5, 0)
     assert link.get("ifalias") == "podwire a/b/c"
     info = link.get("linkinfo")
     assert info.get_attr("IFLA_INFO_SLAVE_KIND") == "bridge"
-    assert info.get_attr("IFLA_INFO_SLAVE_DATA").get_attr("IFLA_BRPORT_MODE") == 1
-    assert read(rtnl.set_port(5, ""), ifinfmsg).get("ifalias") is None
+    port = info.get_attr("IFLA_INFO_SLAVE_DATA")
+    assert (port.get_attr("IFLA_BRPORT_MODE"), port.get_attr("IFLA_BRPORT_GROUP_FWD_MASK")) == (1, 0xFFFD)
+    assert read(rtnl.set_port(5, "", 0), ifinfmsg).get("ifalias") is None
 
 
 def test_links_are_raised_and_lowered() -> None:
