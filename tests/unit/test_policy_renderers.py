@@ -187,6 +187,26 @@ def test_what_grew_is_what_a_new_one_would_have_made(make: Any, drawn: list[Any]
 
 
 @BOTH
+@settings(max_examples=60, deadline=None)
+@given(busy, st.lists(st.booleans(), min_size=30, max_size=30))
+def test_several_events_in_one_run_end_as_one_by_one(make: Any, drawn: list[Any], ends: list[bool]) -> None:
+    world, policies, mode = World(), Policies("n1"), make()
+    for event, ends_here in zip(drawn, itertools.chain(ends[: len(drawn) - 1], [True]), strict=True):
+        happen(event, world, policies)
+        if not ends_here:
+            continue
+        list(mode.update(policies, BLOCKS))
+        passes = mode.now()
+        assert [flow for flow in ALL if passes(flow) is not allowed(policies, BLOCKS, flow)] == []
+        assert mode.drift() == ()
+    fresh, made = Policies("n1"), make()
+    for manifest in world.objects.values():
+        put(fresh, manifest)
+    list(made.update(fresh, BLOCKS))
+    assert mode.state() == made.state()
+
+
+@BOTH
 @some
 @given(busy, events)
 def test_a_restart_after_changes_that_nobody_saw_leaves_what_should_be(
