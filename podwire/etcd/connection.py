@@ -53,8 +53,9 @@ _AWAY = (
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.INTERNAL,  # a write to a stream that breaks under it; etcd's own client tries again, too
+    grpc.StatusCode.UNKNOWN,  # what etcd has no code for: "context deadline exceeded", when it notices that before us
 )
-_NOTHING_DONE = ("etcdserver: no leader", "too many requests")
+_NOTHING_DONE = ("etcdserver: no leader", "too many requests", "raft proposal dropped")
 _BAD_TOKEN = ("invalid auth token", "revision in header is old", "auth store is old")
 
 
@@ -314,12 +315,12 @@ def _translate(error: grpc.aio.AioRpcError) -> EtcdError | EtcdUnavailable:
     code, details = error.code(), error.details() or ""
     if any(text in details for text in _NOTHING_DONE):
         return NotCarriedOut(f"etcd cannot: {details}")
+    if any(text in details for text in (*_BAD_TOKEN, "user name is empty")):
+        return TokenRefused(f"etcd refuses: {code.name}: {details}", code.name)
     if code in _AWAY:
         return EtcdUnavailable(f"etcd does not answer: {code.name}: {details}")
     if code is grpc.StatusCode.OUT_OF_RANGE and "compacted" in details:
         return Compacted(details, code.name)
-    if any(text in details for text in (*_BAD_TOKEN, "user name is empty")):
-        return TokenRefused(f"etcd refuses: {code.name}: {details}", code.name)
     return EtcdError(f"etcd refuses: {code.name}: {details}", code.name)
 
 

@@ -8,6 +8,8 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 
 from podwire import config
@@ -186,6 +188,57 @@ def test_a_member_that_answers_late_is_left_for_another_with_all_that_waits_on_i
     run(story())
 
 
+class Failing:
+    """A member that answers every request about keys with an error."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        self._code, self._details = code, details
+        self._server = grpc.aio.server()
+        self.endpoint = ""
+
+    async def _fail(self, _: bytes, context: Any) -> None:
+        await context.abort(self._code, self._details)
+
+    async def __aenter__(self) -> Failing:
+        calls = {name: grpc.unary_unary_rpc_method_handler(self._fail) for name in ("Range", "Txn", "Put")}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("etcdserverpb.KV", calls),))
+        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._server.stop(None)
+
+
+FAILURES = {
+    "etcd notices before us that time is up": (grpc.StatusCode.UNKNOWN, "context deadline exceeded", False),
+    "what it waited for has ended": (grpc.StatusCode.UNKNOWN, "context canceled", False),
+    "the leader changed": (grpc.StatusCode.UNAVAILABLE, "etcdserver: leader changed", False),
+    "nobody takes the proposal": (grpc.StatusCode.UNKNOWN, "raft proposal dropped", True),
+    "there is no leader": (grpc.StatusCode.UNAVAILABLE, "etcdserver: no leader", True),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_member_that_fails_is_left_and_does_not_refuse(name: str, server: EtcdServer, prefix: str, run: Run) -> None:
+    """A read goes to another member, and so does a write when it is certain that nothing was done."""
+    code, details, nothing_done = FAILURES[name]
+
+    async def story() -> None:
+        async with Failing(code, details) as failing:
+            async with connect(failing.endpoint, server.endpoint) as etcd:
+                assert await etcd.get(prefix + "a") is None
+            async with connect(failing.endpoint, server.endpoint) as etcd:
+                if nothing_done:
+                    assert (await etcd.txn([absent(prefix + "a")], [Put(prefix + "a", b"")], [])).succeeded
+                else:
+                    with pytest.raises(EtcdUnavailable, match=details):
+                        await etcd.put(prefix + "a", b"")
+                    assert await etcd.get(prefix + "a") is None, "it was not repeated"
+
+    run(story())
+
+
 def test_nobody_there_is_a_typed_error_that_names_the_endpoints(run: Run) -> None:
     async def story() -> None:
         async with connect(NOBODY, "127.0.0.1:2") as etcd:
@@ -258,7 +311,7 @@ def test_a_lease_outlives_its_term_while_it_is_renewed_and_its_loss_is_told(
 ) -> None:
     async def story() -> None:
         async with connect(own_server.endpoint) as etcd:
-            kept, left = await etcd.grant(1), await etcd.grant(1)
+            kept, left = await etcd.grant(4), await etcd.grant(4)  # two thirds of it are for a machine that stalls
             await etcd.put(prefix + "kept", b"", lease=kept.id)
             await etcd.put(prefix + "left", b"", lease=left.id)
             renewal = asyncio.create_task(etcd.keep_alive(kept))
