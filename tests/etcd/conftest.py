@@ -14,6 +14,7 @@ from podwire.lab.etcd import EtcdServer
 from tests.etcd.guarded import Guarded, guarded, need
 
 T = TypeVar("T")
+PATIENCE = 120.0  # seconds for a story: a machine that stalls makes two of them many
 _PREFIXES = itertools.count()
 
 
@@ -120,7 +121,7 @@ def run(_runner: asyncio.Runner) -> Callable[[Coroutine[Any, Any, T]], T]:
 
     async def whole(story: Coroutine[Any, Any, T]) -> T:
         try:
-            return await asyncio.wait_for(story, 30)
+            return await asyncio.wait_for(story, PATIENCE)
         finally:
             left = asyncio.all_tasks() - {asyncio.current_task()}
             for task in left:

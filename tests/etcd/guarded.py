@@ -40,7 +40,7 @@ class Guarded:
         self._run(["sh", "-e", "-c", self._run(command)])
 
     def _run(self, command: list[str]) -> str:
-        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False, timeout=20)
+        done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False, timeout=90)
         assert done.returncode == 0, (command, done.stderr)
         return done.stdout
 

@@ -16,14 +16,14 @@ from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import Block, ClusterConfig, NodeRecord, Pool
 from ipam_daemon.registry import Registry
 from ipam_daemon.registry_fake import FakeRegistry, FakeStore
-from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable
+from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable, SystemClock
 from podwire.lab.etcd import EtcdServer
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 POOL = Pool(cidr=ipaddress.ip_network("10.244.0.0/16"), block_size=24)
 CONFIG = ClusterConfig(pools=(POOL,))
 ROOT = "/restored/"
-LIVE_S, SETTLE_S = 1, 2
+LIVE_S, SETTLE_S = 1, 600  # the latter passes when a story says so
 
 
 class World(Protocol):
@@ -40,16 +40,28 @@ class World(Protocol):
         """Returns when the store has the word of whoever noticed that it was restored."""
 
     async def settle(self) -> None:
-        """Returns when new claims need not wait any more."""
+        """The time passes for which new claims wait."""
+
+
+class Skipping(SystemClock):
+    """The real one, which a story can put forward: what it says then has passed."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.ahead
 
 
 class EtcdWorld:
-    def __init__(self, server: EtcdServer, backup: Path, stack: AsyncExitStack) -> None:
-        self._server, self._backup, self._stack = server, backup, stack
+    def __init__(self, server: EtcdServer, backup: Path, stack: AsyncExitStack, live_s: int = LIVE_S) -> None:
+        self._server, self._backup, self._stack, self._live_s = server, backup, stack, live_s
+        self._clock = Skipping()
 
     async def join(self) -> Registry:
-        etcd = await self._stack.enter_async_context(EtcdSession(EtcdOptions(endpoints=(self._server.endpoint,))))
-        return EtcdRegistry(etcd, root=ROOT, live_s=LIVE_S, settle_s=SETTLE_S)
+        options = EtcdOptions(endpoints=(self._server.endpoint,))
+        etcd = await self._stack.enter_async_context(EtcdSession(options, clock=self._clock))
+        return EtcdRegistry(etcd, root=ROOT, live_s=self._live_s, settle_s=SETTLE_S)
 
     async def back_up(self) -> None:
         self._server.stop()
@@ -66,12 +78,14 @@ class EtcdWorld:
 
     async def told(self) -> None:
         async with EtcdSession(EtcdOptions(endpoints=(self._server.endpoint,))) as etcd:
-            async with asyncio.timeout(20):
-                while await etcd.get(f"{ROOT}restored") is None:  # noqa: ASYNC110 - it is another session's to write
-                    await asyncio.sleep(0.001)
+            while await insist(lambda: etcd.get(f"{ROOT}restored")) is None:  # noqa: ASYNC110 - another session writes it
+                await asyncio.sleep(0.001)
 
     async def settle(self) -> None:
-        """Real time passes: the registries' own."""
+        """The registries' clocks are put forward, and the key that makes all wait goes, as with its lease."""
+        self._clock.ahead += SETTLE_S
+        async with EtcdSession(EtcdOptions(endpoints=(self._server.endpoint,))) as etcd:
+            await insist(lambda: etcd.delete(f"{ROOT}restored"))
 
 
 class FakeWorld:
@@ -190,8 +204,7 @@ def test_after_a_wipe_what_was_had_is_claimed_at_once_and_what_is_new_waits(tell
             with pytest.raises(StoreRestored):
                 await insist(lambda: stranger.claim_block(POOL, "b", "id-c", 1))
             assert await b.say_again() == [None]
-            await world.settle()
-            new = await patiently(lambda: stranger.claim_block(POOL, "b", "id-c", 1))
+            new = await settling(world, patiently(lambda: stranger.claim_block(POOL, "b", "id-c", 1)))
             assert new.cidr not in {block.cidr for block in a.blocks + b.blocks}
 
     tell(story)
@@ -203,6 +216,15 @@ async def patiently(call: Callable[[], Awaitable[Any]]) -> Any:
             return await insist(call)
         except StoreRestored:
             await asyncio.sleep(0.05)
+
+
+async def settling(world: World, wanted: Awaitable[Any]) -> Any:
+    """What comes when the time to wait is over, for those, too, whose word that all must wait came only now."""
+    waiting = asyncio.ensure_future(wanted)
+    while not waiting.done():
+        await world.settle()
+        await asyncio.wait({waiting}, timeout=0.2)
+    return await waiting
 
 
 def test_a_backup_that_lacks_a_block_is_told_of_it(tell: Tell) -> None:
@@ -274,8 +296,7 @@ def test_a_daemon_that_starts_meanwhile_gets_no_list_before_it_is_whole(tell: Te
                 await b.registry.restored()
                 assert await b.say_again() == [None]
                 assert not first.done()
-                await world.settle()
-                assert set(await first) == {"a", "b"}
+                assert set(await settling(world, first)) == {"a", "b"}
             await again.registry.leave()
 
     tell(story)
@@ -289,7 +310,7 @@ def test_a_node_that_finds_a_block_of_its_own_lost_makes_the_others_wait(tell: T
             (block,) = a.blocks
             await a.registry.release_block(block)
             other = await world.join()
-            await other.agree(CONFIG)
+            await insist(lambda: other.agree(CONFIG))
             assert await a.registry.reclaim_block(block) is None
             await a.registry.restored()
             await world.told()
@@ -342,7 +363,7 @@ def test_a_name_whose_holder_comes_from_the_backup_is_taken_again(
 
     async def story() -> None:
         async with AsyncExitStack() as stack:
-            world = EtcdWorld(own_server, tmp_path / "backup", stack)
+            world = EtcdWorld(own_server, tmp_path / "backup", stack, live_s=3)  # within three of it the former's ends
             former, now, watcher = [await world.join() for _ in range(3)]
             etcd = await stack.enter_async_context(EtcdSession(EtcdOptions(endpoints=(own_server.endpoint,))))
             await former.enter("a", "id-former")
