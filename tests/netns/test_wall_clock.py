@@ -24,7 +24,7 @@ from podwire.cli.agent import agent
 from podwire.lab import cluster, node, process, state
 from podwire.lab.state import LabState
 from podwire.v1 import agent_pb2
-from tests.netns.containers import add_again, at_once, containers, on_node, status
+from tests.netns.containers import add_again, at_once, containers, know_each_other, on_node, status
 from tests.netns.lab_fixtures import fresh_name
 from tests.netns.traffic import traffic
 
@@ -96,7 +96,7 @@ def test_a_daemon_whose_wall_clock_jumps_goes_on(
     clock = WallClock(lab, library, tmp_path / "clock")
     with containers(lab, "node1", "c", 5) as (talker, *boxes), containers(lab, "node2", "f", 2) as (peer, other):
         address = peer.call("ADD").address
-        process.wait_for(lambda: status(lab, "node1").peers == 1, PATIENCE, "the other node")
+        know_each_other(lab)
         assert talker.call("ADD").error == 0
         live = lease(lab)
         with traffic(talker, peer, address) as through:
