@@ -36,7 +36,7 @@ spec:
         image: web:1
         ports: [{containerPort: 80, name: http}]
         env: [{name: COLOR, valueFrom: {configMapKeyRef: {name: paint, key: color}}}]
-        readinessProbe: {httpGet: {path: /, port: http}, periodSeconds: 1}
+        readinessProbe: {httpGet: {path: /, port: http}, periodSeconds: 1, timeoutSeconds: 30}
 ---
 apiVersion: v1
 kind: ConfigMap
@@ -111,7 +111,7 @@ def test_get_and_describe(shop: Kubectl) -> None:
     assert f"Scaled up replica set {replica_set} from 0 to 2" in described
     pod = shop("describe", "pod", "-l", "app=web")
     assert f"Controlled By:  ReplicaSet/{replica_set}" in pod
-    assert "http-get http://:http/ delay=0s timeout=1s period=1s #success=1 #failure=3" in pod
+    assert "http-get http://:http/ delay=0s timeout=30s period=1s #success=1 #failure=3" in pod
     assert "COLOR:" in pod
     assert "bare" in shop("describe", "node", next(row[6] for name, row in pods.items() if name == "bare"))
     assert shop("get", "all", "-o", "name").splitlines().count("deployment.apps/web") == 1
