@@ -86,11 +86,14 @@ def test_a_node_that_is_given_up_is_as_it_was_before(lab: LabState) -> None:
 def test_a_bridge_that_others_use_stays(lab: LabState) -> None:
     process.wait_for(lambda: not pod_links(lab, "node1"), PATIENCE, "the wires of others to be gone")
     said(lab, "ip", "link", "add", "vm0", "type", "veth", "peer", "name", "vm1")
-    said(lab, "ip", "link", "set", "vm0", "master", "pw0")
-    node.stop_daemon(lab, "node1")
-    refused = clean(lab)
-    assert refused.returncode == 1
-    assert "vm0" in refused.stderr
-    said(lab, "ip", "link", "show", "pw0")
+    try:
+        said(lab, "ip", "link", "set", "vm0", "master", "pw0")
+        node.stop_daemon(lab, "node1")
+        refused = clean(lab)
+        assert refused.returncode == 1
+        assert "vm0" in refused.stderr
+        said(lab, "ip", "link", "show", "pw0")
+    finally:
+        said(lab, "ip", "link", "del", "vm0")
     node.start_daemon(lab, "node1")
     node.wait_daemon(lab, "node1")
