@@ -110,7 +110,7 @@ def test_a_wiped_server_that_knows_users_again_is_logged_in_to_again(node: Guard
     async def story() -> None:
         async with connect(node.server, "a", "open-sesame", call_s=1.0) as etcd:
             for _ in range(50):
-                await etcd.put(key, b"1")
+                await insist(lambda: etcd.put(key, b"1"))
             node.server.kill()
             node.server.wipe()
             node.server.start()

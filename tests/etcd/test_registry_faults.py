@@ -112,7 +112,7 @@ def test_a_claim_whose_answer_was_lost_is_found_again(server: EtcdServer, prefix
 
             etcd.txn = carried_out_but_unheard  # type: ignore[method-assign, assignment]
             with pytest.raises(EtcdUnavailable if broken else TimeoutError):
-                await asyncio.wait_for(registry.claim_block(POOL, "a", "id", 1), 2)
+                await asyncio.wait_for(registry.claim_block(POOL, "a", "id", 1), 60 if broken else 2)
             etcd.txn = txn  # type: ignore[method-assign]
             block = await registry.claim_block(POOL, "a", "id", 1)
             assert await registry.load_blocks("a") == (block,), "one block, not two"

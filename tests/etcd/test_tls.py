@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Coroutine, Iterator
@@ -78,6 +79,15 @@ def options(endpoint: str, ca: str, own: tuple[str, str] = ("", "")) -> EtcdOpti
     return EtcdOptions(endpoints=(endpoint,), ca=ca, cert=own[0], key=own[1])
 
 
+async def reason(etcd: EtcdSession) -> str:
+    """Why there is no connection. Asked again when a handshake took a stalling machine too long to say why."""
+    while True:
+        with pytest.raises(EtcdUnavailable) as refused:
+            await etcd.get("/a")
+        if not re.search(r":\d+$", str(refused.value)):  # the endpoint alone
+            return str(refused.value)
+
+
 def test_who_has_a_certificate_is_talked_to(keys: Keys, secured: EtcdServer, run: Run) -> None:
     async def story() -> None:
         async with EtcdSession(options(secured.endpoint, keys.ours.ca, keys.node)) as etcd:
@@ -105,8 +115,7 @@ def test_a_client_with_the_wrong_papers_is_told_which(name: str, keys: Keys, sec
 
     async def story() -> None:
         async with EtcdSession(options(secured.endpoint, *chosen(keys))) as etcd:
-            with pytest.raises(EtcdUnavailable, match=message):
-                await etcd.get("/a")
+            assert re.search(message, await reason(etcd))
             assert etcd.last_error
 
     run(story())
@@ -124,8 +133,7 @@ def test_a_server_with_the_wrong_papers_is_named(name: str, keys: Keys, tmp_path
 
     async def story(endpoint: str) -> None:
         async with EtcdSession(options(endpoint, keys.ours.ca, keys.node)) as etcd:
-            with pytest.raises(EtcdUnavailable, match=message):
-                await etcd.get("/a")
+            assert re.search(message, await reason(etcd))
 
     with serve(tmp_path, keys, chosen(keys)) as server:
         run(story(server.endpoint))
