@@ -16,7 +16,8 @@ import pytest
 import podwire
 from tests.unit.install_fixtures import RESULT, RUNTIMES, SECONDS, VERSION_ANSWER, Node, RuntimeName, short_folder
 
-CALLERS = 8  # more than there are processors, and not so many that who installs has none
+CALLERS = 4  # without a pause, so that more would not call more often, and leave who installs no processor
+CALLS = 20  # at least, with each version
 
 
 @pytest.fixture(params=RUNTIMES)
@@ -122,7 +123,7 @@ def test_no_call_fails_while_the_executable_is_replaced(node: Node, monkeypatch:
                 monkeypatch.setattr(podwire, "__version__", f"{number}")
                 node.install(runtime=runtime)
                 before = len(served)
-                while len(served) < before + CALLERS and not any(caller.done() for caller in callers):
+                while len(served) < before + CALLS and not any(caller.done() for caller in callers):
                     over.wait(0.01)
         finally:
             over.set()

@@ -16,8 +16,8 @@ ROW = Row("no room", ("error 11", "it goes on"), "tests/x.py::test_a[b]")
 
 def test_the_document_lists_the_faults_of_the_tests() -> None:
     files = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if "mark.fault" in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "--list-faults", "-q", "-p", "no:cacheprovider"]
-    listed = subprocess.run([*command, *files], capture_output=True, text=True, check=False, cwd=TESTS.parent, env=os.environ)
+    command = [sys.executable, "-m", "pytest", *files, "--list-faults", "-q", "-p", "no:cacheprovider"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=TESTS.parent, env=os.environ)
     lines = [line for line in listed.stdout.splitlines() if line.startswith("| ")][1:]
     assert lines, listed.stdout + listed.stderr
     documented = [reliability.with_results([row], {row.test: Outcome("not run")})[0] for row in documented_rows()]
