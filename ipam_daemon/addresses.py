@@ -93,17 +93,24 @@ class Addresses:
 
     def give_back(self, interfaces: Iterable[Interface]) -> None:
         """Frees addresses that no wire ever had."""
-        self.allocator.give_back(interfaces)
+        self._count(self.allocator.give_back, interfaces)
 
     def release(self, interfaces: Iterable[Interface]) -> None:
         """Their wire is dead, and being deleted."""
-        self.allocator.release(self._known(interfaces))
+        self._count(self.allocator.release, self._known(interfaces))
         self.changed.set()
 
     def cool(self, interfaces: Iterable[Interface], until: float) -> None:
         """Their wire is gone; they cool until then, in seconds since boot."""
-        self.allocator.cool(self._known(interfaces), until)
+        self._count(lambda known: self.allocator.cool(known, until), self._known(interfaces))
         self.changed.set()
+
+    def _count(self, change: Callable[[Iterable[Interface]], None], interfaces: Iterable[Interface]) -> None:
+        """Where they are not in the state that they leave, somebody has written into the journal: it says what is."""
+        try:
+            change(interfaces)
+        except KeyError:
+            self.recount()
 
     def _known(self, interfaces: Iterable[Interface]) -> list[Interface]:
         """Those of a block that this node has now: before etcd was first read there may be none."""

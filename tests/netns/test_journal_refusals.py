@@ -110,3 +110,26 @@ def test_a_del_that_cannot_be_journaled_is_done_by_the_next(tmp_path: Path) -> N
                 assert it.counts() == {**IDLE_28, "cooling": 1, "free": 11}
 
     play(story)
+
+
+def test_what_somebody_wrote_into_the_journal_is_what_counts(tmp_path: Path) -> None:
+    """An address that is used and whose row says that its wire is being deleted, and one that is nobody's row at all."""
+
+    async def story() -> None:
+        async with engine(tmp_path) as it:
+            with pods(3) as (a, b, c):
+                for name, pod in (("a", a), ("b", b), ("c", c)):
+                    await it.add(name, pod.path)
+                rows = {each.key.container_id: each for each in it.journal.attachments()}
+                with sqlite3.connect(tmp_path / "journal.db") as other:
+                    other.execute("DELETE FROM attachment WHERE container_id IN ('a', 'b')")
+                    wire = rows["a"]
+                    addresses = ",".join(map(str, wire.addresses))
+                    other.execute("INSERT INTO releasing VALUES (?, ?)", (wire.host_ifname, addresses))
+                await it.reap()
+                assert it.counts() == IDLE_28 | {"used": 1, "cooling": 1, "free": 10}
+                it.attachments.addresses.release(rows["b"].addresses)
+                it.attachments.addresses.give_back(rows["b"].addresses)
+                assert it.counts() == IDLE_28 | {"used": 1, "cooling": 1, "free": 10}
+
+    play(story)
