@@ -113,7 +113,7 @@ def test_a_del_that_cannot_be_journaled_is_done_by_the_next(tmp_path: Path) -> N
 
 
 def test_what_somebody_wrote_into_the_journal_is_what_counts(tmp_path: Path) -> None:
-    """An address that is used and whose row says that its wire is being deleted, and one that is nobody's row at all."""
+    """One address is used and has a row which says that its wire is being deleted; one has no row any more."""
 
     async def story() -> None:
         async with engine(tmp_path) as it:
