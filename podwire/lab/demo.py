@@ -12,12 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import select
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,6 +30,7 @@ from podwire.lab import cluster, names, node, process, state, status, topology
 from podwire.lab.agent import daemon_status
 from podwire.lab.api.kinds import ENDPOINT_SLICES, SERVICES
 from podwire.lab.demo_policy import show_policy
+from podwire.lab.demo_traffic import capture, pinging
 from podwire.lab.program import plan_program
 from podwire.lab.state import LabState
 from podwire.lab.talk import Answer, ask
@@ -41,10 +38,8 @@ from podwire.lab.talk import Answer, ask
 _WIDTH = 120  # of what is not a terminal
 POD_CIDR = "10.244.0.0/16,fd00:10:244::/56"
 _WEB, _HOST_WEB = 80, 8080
-_CAPTURE_SECONDS = 30
 _REQUESTS = 30
 _SERVICE_SECONDS = 90.0
-_SNAPSHOT = re.compile(r"(\d+)/(\d+) packets")  # answered, sent
 
 Object = dict[str, Any]
 
@@ -331,7 +326,7 @@ def show_backend(stage: Stage) -> None:
     blue, red = stage.pod("blue"), stage.pod("red")
     stage.title("Another backend, while blue pings red a hundred times a second by both families")
     with contextlib.ExitStack() as stack:
-        pings = [stack.enter_context(_pinging(blue, red.of(family))) for family in stage.lab.families]
+        pings = [stack.enter_context(pinging(blue.netns, red.of(family))) for family in stage.lab.families]
         for backend in ("direct", "auto"):
             stage.say(f"  podwire cluster set --backend {backend}")
             set_backend(stage.lab, backend)
@@ -357,80 +352,6 @@ def set_backend(lab: LabState, backend: str, seconds: float = 90.0) -> None:
 def _has(lab: LabState, name: str, backend: str) -> bool:
     said = daemon_status(lab.files.ipamd_socket(name))
     return said is not None and said.ready and said.backend == backend
-
-
-@contextlib.contextmanager
-def _pinging(source: Place, address: str) -> Iterator[Callable[[], tuple[int, int]]]:
-    """A ping that runs, and can be asked how many it has sent, and how many were answered.
-
-    It is asked on the way (SIGQUIT), again and again until nothing is on its way: when it ends, what was just sent
-    would count as lost.
-    """
-    words = ["nsenter", f"--net={source.netns}", "--", "ping", "-q", "-i", "0.01", address]
-    ping = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert ping.stderr is not None
-    says = ping.stderr
-
-    def look() -> tuple[int, int]:
-        ping.send_signal(signal.SIGQUIT)
-        for line in says:
-            if found := _SNAPSHOT.search(line):
-                return int(found[2]), int(found[1])
-        raise PodwireError(f"the ping to {address} has ended")
-
-    def count() -> tuple[int, int]:
-        deadline = time.monotonic() + _CAPTURE_SECONDS
-        while True:
-            sent, answered = look()
-            if answered >= sent or time.monotonic() > deadline:
-                return sent, answered
-            time.sleep(0.05)
-
-    try:
-        yield count
-    finally:
-        ping.kill()
-        ping.communicate()
-
-
-@contextlib.contextmanager
-def capture(lab: LabState, port: str, wanted: str) -> Iterator[Callable[[], list[str]]]:
-    """Captures one packet on a port of the underlay's switch. It gives a function that waits for tcpdump's lines."""
-    tcpdump_words = ["tcpdump", "-l", "-n", "-t", "-c", "1", "-i", port, wanted]
-    with tempfile.TemporaryFile() as said:
-        tcpdump = subprocess.Popen(
-            ["nsenter", f"--net={lab.netns('underlay')}", "--", *tcpdump_words],
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=subprocess.PIPE,
-            env=process.marked_environment(lab.name),
-        )
-        try:
-            _wait_listening(tcpdump)
-
-            def lines() -> list[str]:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    tcpdump.wait(_CAPTURE_SECONDS)
-                said.seek(0)
-                return said.read().decode(errors="replace").splitlines()
-
-            yield lines
-        finally:
-            tcpdump.kill()
-            tcpdump.communicate()
-
-
-def _wait_listening(tcpdump: subprocess.Popen[bytes]) -> None:
-    assert tcpdump.stderr is not None
-    said = b""
-    deadline = time.monotonic() + _CAPTURE_SECONDS
-    while b"listening on" not in said:
-        if not select.select([tcpdump.stderr], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise PodwireError("tcpdump does not begin to listen")
-        data = os.read(tcpdump.stderr.fileno(), 4096)
-        if not data:
-            raise PodwireError(f"tcpdump: {said.decode(errors='replace').strip()}")
-        said += data
 
 
 STANZAS: tuple[Callable[[Stage], None], ...] = (

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from podwire.errors import PodwireError
-from podwire.lab import cluster, demo, names, node, topology
+from podwire.lab import cluster, demo, demo_traffic, names, node, topology
 from podwire.lab.state import LabState, plan_nodes
 from podwire.lab.talk import ask
 from tests.netns.containers import (
@@ -124,7 +124,7 @@ def test_the_backend_changes_and_pods_lose_nothing(lab: LabState) -> None:
 def test_a_direct_packet_is_no_vxlan_packet(lab: LabState) -> None:
     with pair(lab) as pods, backend(lab, "direct"):
         for address in pods.addresses.values():
-            with demo.capture(lab, "node1", f"dst host {address}") as lines:
+            with demo_traffic.capture(lab, "node1", f"dst host {address}") as lines:
                 assert pods.here.run("ping", "-n", "-c", "1", "-W", "10", address).returncode == 0
                 assert any(f"> {address}" in line and "VXLAN" not in line for line in lines())
 
