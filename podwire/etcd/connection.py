@@ -234,10 +234,25 @@ class Stream:
         self._token = token
         self._since = connection.history.mark()
         self._call = line.methods[method](metadata=_metadata(method, token))
+        self._ended = asyncio.Event()
+        self._call.add_done_callback(lambda _: self._ended.set())
 
     async def write(self, request: wire.Message) -> None:
         """Sends one request. Raises EtcdUnavailable when the stream is broken."""
-        await self._guarded(self._call.write(request), None)
+        await self._guarded(self._written(request), None)
+
+    async def _written(self, request: wire.Message) -> None:
+        """grpc.aio's write waits for ever when the call ends before its metadata was sent, as when its channel is
+        closed just then."""
+        steps = [asyncio.ensure_future(each) for each in (self._call.write(request), self._ended.wait())]
+        try:
+            await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
+            if not steps[0].done():
+                raise asyncio.InvalidStateError("the call has ended")
+            await steps[0]
+        finally:
+            for each in steps:
+                each.cancel()
 
     async def read(self, within: float | None = None) -> wire.Message:
         """The next answer. Raises EtcdUnavailable when the stream breaks, or nothing comes `within` seconds."""

@@ -303,6 +303,24 @@ def test_closing_ends_what_waits_and_cancelling_stays_cancelling(server: EtcdSer
     run(story())
 
 
+def test_a_watch_that_is_just_being_opened_ends_with_its_session(server: EtcdServer, prefix: str, run: Run) -> None:
+    """At every step of the loop on its way: grpc.aio leaves a write waiting when the call ends before it has begun."""
+
+    async def story() -> None:
+        for steps in range(40):
+            etcd = connect(server.endpoint)
+            watch = etcd.watch_prefix(prefix)
+            await anext(watch)
+            opening = asyncio.ensure_future(anext(watch))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            await etcd.close()
+            with pytest.raises(SessionClosed):
+                await opening
+
+    run(story())
+
+
 # --- leases -----------------------------------------------------------------------------------------------------
 
 
