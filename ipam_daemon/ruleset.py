@@ -115,21 +115,20 @@ def shape(mark: str, rules: int) -> str:
 
 
 def _rules(vxlan_port: int) -> list[str]:
-    """In the order that costs least: what is no VXLAN meets one rule, and that of a known node two more."""
-    pods, others = f'iifname "{BRIDGE}"', f'iifname != "{BRIDGE}"'
+    """In the order that costs least: VXLAN of a known node meets one rule. A pod cannot send as a node (spoofguard)."""
+    arrives = f"udp dport {vxlan_port}"
     masquerade, known, to_known = [], [], []
     for version in _FAMILIES:
         ip = "ip" if version == 4 else "ip6"
         local, exempt, vteps = (f"@{set_name(name, version)}" for name in _SETS)
         masquerade.append(f"postrouting {ip} saddr {local} {ip} daddr != {exempt} counter masquerade fully-random")
-        known.append(f"vxlan {others} {ip} saddr {vteps} return")
-        vxlan = f"udp dport {vxlan_port} {ip} saddr {local} {ip} daddr {vteps}"
-        to_known.append(f"vxlan_out {vxlan} counter name {POD_VXLAN} drop")
+        known.append(f"vxlan_in {arrives} {ip} saddr {vteps} accept")
+        to_known.append(f"vxlan_out {arrives} {ip} saddr {local} {ip} daddr {vteps} counter name {POD_VXLAN} drop")
     return [
         *masquerade,
-        f"vxlan_in udp dport {vxlan_port} jump vxlan",
         *known,
-        f"vxlan {pods} counter name {POD_VXLAN} drop",
+        f"vxlan_in {arrives} jump vxlan",
+        f'vxlan iifname "{BRIDGE}" counter name {POD_VXLAN} drop',
         'vxlan iifname != "lo" counter drop',
         *to_known,
     ]

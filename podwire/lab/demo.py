@@ -11,6 +11,7 @@ a name of its own and is removed at the end, whatever happens; what a killed dem
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import signal
 import sys
@@ -234,9 +235,12 @@ def show_reachability(stage: Stage) -> None:
 def show_wire(stage: Stage) -> None:
     """A packet from pod to pod, as the underlay sees it."""
     blue, red = stage.pod("blue"), stage.pod("red")
-    node1, node2 = stage.node(blue.node).of(4), stage.node(red.node).of(4)
+    node1 = stage.node(blue.node).of(4)
     stage.title(f"The wire: {blue.name} ({blue.of(4)}) asks {red.name} ({red.of(4)}); on the underlay that is")
-    text = _packet(stage, f"udp dst port 4789 and src host {node1} and dst host {node2}", blue, red)
+    # tcpdump has no words for what is inside: after UDP, VXLAN and Ethernet come protocol, source and destination
+    source, target = (int(ipaddress.ip_address(each.of(4))) for each in (blue, red))
+    inside = f"udp[39] = 6 and udp[42:4] = {source} and udp[46:4] = {target}"
+    text = _packet(stage, f"udp dst port 4789 and src host {node1} and {inside}", blue, red)
     if not ("VXLAN" in text and f"{node1}." in text and f"{blue.of(4)}." in text):
         stage.wrong(f"no VXLAN packet from {blue.node} with {blue.name}'s packet inside: {text or 'nothing captured'}")
 
@@ -330,7 +334,7 @@ def show_backend(stage: Stage) -> None:
         for backend in ("direct", "auto"):
             stage.say(f"  podwire cluster set --backend {backend}")
             set_backend(stage.lab, backend)
-            text = _packet(stage, f"src host {blue.of(4)} and dst host {red.of(4)}", blue, red)
+            text = _packet(stage, f"tcp and src host {blue.of(4)} and dst host {red.of(4)}", blue, red)
             if f"{blue.of(4)}." not in text or "VXLAN" in text:
                 stage.wrong(f"{backend}: {blue.name}'s packet is not on the underlay: {text or 'nothing captured'}")
         for lost in pings:
