@@ -182,21 +182,24 @@ class Wires:
             self._thread.channel.exchange([set_port(index, alias_of(attachment), FORWARDED_GROUPS)])
 
     def _await_carrier(self, host_ifname: str) -> None:
-        """Returns when the host's end sends: until then the pod's first answers would be dropped.
+        """Returns when the host's end sends, and the bridge: until then the pod's first answers would be dropped.
 
         A link whose other end has just come up gets its transmit queue, and a bridge port its forwarding, from the
-        kernel's link watch, a worker that a busy machine lets wait. Asking for the link settles it at once (kernel 6.9
-        and later: rtnl_getlink in net/core/rtnetlink.c), older kernels are waited for.
+        kernel's link watch, a worker that a busy machine lets wait; and so does a bridge whose first port that is.
+        Asking for a link settles it at once (kernel 6.9 and later: rtnl_getlink in net/core/rtnetlink.c), the port
+        before the bridge; older kernels are waited for.
         """
         deadline = time.monotonic() + _CARRIER_SECONDS
+        names = (host_ifname, self._bridge)
         while True:
             last = time.monotonic() > deadline  # before it is asked: this process may be what stood still
-            with naming(f"looking at {host_ifname}"):
-                (link,) = self._thread.channel.exchange([get_link(index_of(host_ifname))])
-            if is_sending(link):
+            with naming(f"looking at {' and '.join(names)}"):
+                links = self._thread.channel.exchange([get_link(index_of(name)) for name in names])
+            silent = [name for name, link in zip(names, links, strict=True) if not is_sending(link)]
+            if not silent:
                 return
             if last:
-                raise PlumbingFailed(f"{host_ifname} has no carrier after {_CARRIER_SECONDS:g} s")
+                raise PlumbingFailed(f"{' and '.join(silent)}: no carrier after {_CARRIER_SECONDS:g} s")
             time.sleep(_CARRIER_POLL)
 
     # --- another MTU
