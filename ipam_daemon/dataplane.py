@@ -176,8 +176,9 @@ class DataPlane:
         return plan
 
     async def _forget_vxlan(self, plan: FirewallPlan, known: FirewallPlan | None) -> None:
-        """What pods had sent as VXLAN to a node before it was known as one; only first packets meet the rules."""
-        nodes = (plan.vteps or frozenset()) - (known.vteps if known and known.vteps else frozenset())
+        """What pods had sent to a node's port before it was one of VXLAN; only first packets meet the rules."""
+        same_port = known is not None and known.vxlan_port == plan.vxlan_port
+        nodes = (plan.vteps or frozenset()) - ((known.vteps if known and same_port else None) or frozenset())
         if not nodes:
             return
         try:

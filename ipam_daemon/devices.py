@@ -91,8 +91,7 @@ class Devices:
             self._make_vxlan(plan)
             done.append(f"made {plan.name}")
         index = index_of(plan.name)
-        filtered = read_sysctl("net/ipv4/conf/all/rp_filter") not in ("", "0")
-        for path, value in vxlan_sysctls(plan, filtered).items():
+        for path, value in vxlan_sysctls(plan).items():
             write_sysctl(path, value)
         return done + self._ensure_common(index, self._link(index), plan.mac, plan.mtu, plan.addresses)
 
@@ -188,14 +187,11 @@ def wanted_sysctls(plan: BridgePlan) -> dict[str, str]:
     """Path below /proc/sys → value. A node forwards; and it never tells a pod of a shorter way, which would go round
     the firewall and NAT.
 
-    Redirects are sent when `all` or the interface says so (ip-sysctl: send_redirects), hence both. Whether a packet of
-    a pod could have come by here is what the spoof guard knows; a look at the routes for each (rp_filter, which many
-    distributions give to every new interface) would be 0.1 µs for nothing. A kernel without IPv6 has none of its own to
-    set.
+    Redirects are sent when `all` or the interface says so (ip-sysctl: send_redirects), hence both. A kernel without
+    IPv6 has none of its own to set.
     """
     versions = {interface.version for interface in plan.addresses}
     wanted = {f"net/ipv4/conf/{name}/send_redirects": "0" for name in ("all", plan.name)}
-    wanted[f"net/ipv4/conf/{plan.name}/rp_filter"] = "0"
     if os.path.exists("/proc/sys/net/ipv6"):
         wanted[f"net/ipv6/conf/{plan.name}/accept_ra"] = "0"
     if 6 in versions:
@@ -204,11 +200,9 @@ def wanted_sysctls(plan: BridgePlan) -> dict[str, str]:
     return wanted | {path: "1" for version, path in forwarding.items() if version in versions}
 
 
-def vxlan_sysctls(plan: VxlanPlan, filtered: bool) -> dict[str, str]:
-    """The same of the VXLAN device: a packet from it may have its way back by the underlay, while a backend changes.
-    `filtered` says that the node's filters (`all`) would ask for the very way; else none is needed, and one cost every
-    packet a look at the routes, 0.13 µs."""
-    wanted = {f"net/ipv4/conf/{plan.name}/rp_filter": "2" if filtered else "0"}
+def vxlan_sysctls(plan: VxlanPlan) -> dict[str, str]:
+    """The same of the VXLAN device: a packet from it may have its way back by the underlay, while a backend changes."""
+    wanted = {f"net/ipv4/conf/{plan.name}/rp_filter": "2"}
     if any(interface.version == 6 for interface in plan.addresses):
         wanted[f"net/ipv6/conf/{plan.name}/disable_ipv6"] = "0"
     return wanted
