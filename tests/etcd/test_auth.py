@@ -16,10 +16,11 @@ from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import Block, ClusterConfig, NodeRecord, Pool, encode
 from ipam_daemon.registry import ROOT
 from podwire.config import ConfigError
-from podwire.etcd import AuthFailed, EtcdError, EtcdOptions, EtcdSession, EtcdUnavailable
+from podwire.etcd import AuthFailed, EtcdError, EtcdOptions, EtcdSession
 from podwire.etcd.records import Changes, Snapshot, Written
 from podwire.lab.etcd import EtcdServer
 from tests.etcd.guarded import Guarded, guarded
+from tests.etcd.insisting import insist
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 POOL = Pool(cidr=ipaddress.ip_network("10.244.0.0/16"), block_size=24)
@@ -55,14 +56,6 @@ async def told(watch: AsyncGenerator[Snapshot | Changes, None], key: str) -> Non
     async for batch in watch:
         if isinstance(batch, Changes) and any(isinstance(e, Written) and e.item.key == key for e in batch.events):
             return
-
-
-async def insist(call: Callable[[], Awaitable[Any]]) -> Any:
-    while True:
-        try:
-            return await call()
-        except EtcdUnavailable:
-            await asyncio.sleep(0.02)
 
 
 def test_a_server_that_restarts_knows_no_token_and_nobody_minds(node: Guarded, run: Run) -> None:

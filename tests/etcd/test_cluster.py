@@ -16,6 +16,7 @@ from ipam_daemon.model import Block, NodeRecord, Pool, decode
 from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable
 from podwire.etcd.records import Changes, Snapshot, Written
 from podwire.lab.etcd import EtcdCluster, EtcdServer
+from tests.etcd.insisting import insist
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Until = Callable[[Callable[[], Awaitable[object]]], Awaitable[None]]
@@ -52,15 +53,6 @@ async def leader_of(cluster: EtcdCluster) -> EtcdServer:
             if status.member == status.leader:
                 return member
         await asyncio.sleep(0.05)
-
-
-async def insist(call: Callable[[], Awaitable[Any]]) -> Any:
-    """What a daemon does: tries again while etcd is away."""
-    while True:
-        try:
-            return await call()
-        except EtcdUnavailable:
-            await asyncio.sleep(0.02)
 
 
 def node(name: str) -> NodeRecord:

@@ -16,6 +16,7 @@ from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import ClusterConfig, NodeRecord, Pool
 from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable
 from podwire.lab.etcd import EtcdServer
+from tests.etcd.insisting import insist
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Until = Callable[[Callable[[], Awaitable[object]]], Awaitable[None]]
@@ -29,15 +30,6 @@ def connect(endpoint: str) -> EtcdSession:
 
 def node(name: str, node_id: str, generation: int = 1) -> NodeRecord:
     return NodeRecord(name=name, node_id=node_id, generation=generation, addresses=(ipaddress.ip_address("192.0.2.1"),))
-
-
-async def insist(call: Callable[[], Awaitable[Any]]) -> Any:
-    """What a daemon does: tries again while etcd is away, or has no time for fifty at once."""
-    while True:
-        try:
-            return await call()
-        except EtcdUnavailable:
-            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("cidr", ["10.244.0.0/16", "10.244.0.0/18", "fd00:10::/58"])

@@ -16,8 +16,9 @@ from ipam_daemon.etcd_registry import EtcdRegistry
 from ipam_daemon.model import Block, ClusterConfig, NodeRecord, Pool
 from ipam_daemon.registry import Registry
 from ipam_daemon.registry_fake import FakeRegistry, FakeStore
-from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable, SystemClock
+from podwire.etcd import EtcdOptions, EtcdSession, SystemClock
 from podwire.lab.etcd import EtcdServer
+from tests.etcd.insisting import insist
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 POOL = Pool(cidr=ipaddress.ip_network("10.244.0.0/16"), block_size=24)
@@ -163,15 +164,6 @@ class Node:
             addresses=(ipaddress.ip_address("192.0.2.1"),),
             blocks=tuple(block.cidr for block in self.blocks),
         )
-
-
-async def insist(call: Callable[[], Awaitable[Any]]) -> Any:
-    """What the agent does: tries again while etcd is away."""
-    while True:
-        try:
-            return await call()
-        except EtcdUnavailable:
-            await asyncio.sleep(0.02)
 
 
 async def wait_for_names(watch: Any, wanted: set[str]) -> Mapping[str, NodeRecord]:
