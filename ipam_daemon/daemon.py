@@ -1,7 +1,7 @@
 """The daemon's parts, put together: what is made of what, in which order it starts, and in which it ends.
 
     start   journal ─▶ addresses of the boot before ─▶ restore ─▶ replay queued DELs ─▶ socket ─▶ HTTP
-    run     join, converge, supply, reap, replay, reconcile: a task each; one that dies ends the daemon
+    run     join, converge, supply, reap, replay, reconcile, fast path: a task each; one that dies ends the daemon
     stop    no new calls ─▶ those in flight are finished ─▶ what is held is written down ─▶ the name is given back
 
 The socket opens before the cluster is joined: an ADD gets "try again later" with the reason, which says more than a
@@ -20,13 +20,14 @@ from ipam_daemon.agent import Agent
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.delqueue import DelQueue
 from ipam_daemon.etcd_registry import EtcdRegistry
+from ipam_daemon.fastpath_keeper import FastPathKeeper
 from ipam_daemon.guard import SpoofGuard
 from ipam_daemon.held import HeldFile, HeldKeeper
 from ipam_daemon.identity import boot_id, node_id
 from ipam_daemon.inspection import Inspection
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
-from ipam_daemon.model import Network
+from ipam_daemon.model import Attachment, Network
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.podwatch import PodWatch
 from ipam_daemon.reconcile import Reconciler
@@ -51,7 +52,8 @@ class Daemon:
         self._journal = journal = Journal(Path(settings.run_dir) / "journal.db", boot)
         self._thread = thread = NetlinkThread()
         self._guard = guard = SpoofGuard(thread)
-        self._wires = wires = Wires(thread, guard=guard)
+        self._fastpath = FastPathKeeper(thread, lambda: self._agent.plan, self._own_wires, wanted=settings.fast_path)
+        self._wires = wires = Wires(thread, guard=guard, dying=self._fastpath.forget)
         self._podwatch = podwatch = PodWatch(settings.network_policy, settings.network_policy_timeout, self._blocks)
         self._attachments = attachments = Attachments(
             journal=journal,
@@ -94,6 +96,7 @@ class Daemon:
             self._metrics,
             self._queue,
             lambda: self._thread.run(self._guard.dropped),
+            self._fastpath,
         )
         tools = AgentService(status.message, self._journal, self._inspection().run)
         server = make_server(self._settings.socket_path, self._calls, tools, self._podwatch)
@@ -111,6 +114,7 @@ class Daemon:
         """Closes what is open. Pods do not notice."""
         self._agent.close()
         await self._session.close()
+        await self._fastpath.close()
         await self._thread.close()
         self._journal.close()
 
@@ -129,6 +133,7 @@ class Daemon:
                     self._queue.replay_forever(),
                     self._held.keep_forever(),
                     self._reconciler.run_forever(self._settings.reconcile_interval),
+                    self._fastpath.run_forever(),
                 )
             ]
             fields = {"node": self._settings.node, "socket": str(self._settings.socket_path)}
@@ -140,6 +145,11 @@ class Daemon:
     def _not_ready(self) -> list[str]:
         """Why an ADD cannot succeed now; empty when it can."""
         return self._agent.not_ready() or list(filter(None, [self._podwatch.hindrance]))
+
+    def _own_wires(self) -> list[Attachment]:
+        """Those whose addresses are this node's."""
+        addresses = self._attachments.addresses
+        return [each for each in self._journal.attachments() if not addresses.is_stranded(each)]
 
     def _blocks(self) -> list[Network]:
         return [block.cidr for block in self._attachments.addresses.allocator.blocks]

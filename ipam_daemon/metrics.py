@@ -82,6 +82,15 @@ class Metrics:
             "reason",
             self.registry,
         )
+        self.fast_packets = KernelCounter(
+            "podwire_fast_path_packets",
+            "Packets that went past bridge and firewall: to a pod of this node, to another node, from one",
+            "way",
+            self.registry,
+        )
+        self.fast_pods = Gauge(
+            "podwire_fast_path_pods", "Pods whose packets may take the fast path", registry=self.registry
+        )
         self.recent: deque[Repair] = deque(maxlen=_RECENT)
         """The last repairs, for status; the counters have no room for what exactly was done."""
 

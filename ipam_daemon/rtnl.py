@@ -28,8 +28,8 @@ from ipam_daemon.model import Address, Interface
 from podwire.nlattr import attribute, attributes, message, messages
 
 # netlink
-_ERROR, _NEWLINK, _GETLINK, _NEWADDR, _NEWROUTE = 2, 16, 18, 20, 24
-_REQUEST, _ACK, _EXCL, _CREATE = 0x1, 0x4, 0x200, 0x400
+_ERROR, _DONE, _NEWLINK, _GETLINK, _NEWADDR, _NEWROUTE = 2, 3, 16, 18, 20, 24
+_REQUEST, _ACK, _EXCL, _DUMP, _CREATE = 0x1, 0x4, 0x200, 0x300, 0x400
 _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 _ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
@@ -154,6 +154,12 @@ def mtu_of(link: bytes) -> int:
     return int(_U32.unpack(found)[0]) if found else 0
 
 
+def is_port_of(link: bytes, bridge: int) -> bool:
+    """Whether the link in an answer to `get_link` is up and a port of the bridge with this index."""
+    flags, master = _LINK.unpack_from(link)[3], _find(link, _IFLA_MASTER)
+    return bool(flags & _IFF_UP) and master == _U32.pack(bridge)
+
+
 def _find(link: bytes, wanted: int) -> bytes:
     """The value of an attribute in an answer to `get_link`; empty when there is none."""
     return next((value for kind, value in attributes(link[_LINK.size :]) if kind == wanted), b"")
@@ -190,6 +196,22 @@ class Channel:
             if errors[number]:
                 raise OSError(errors[number], os.strerror(errors[number]), each.what)
         return [bodies.get(number, b"") for number in numbered]
+
+    def dump(self, request: Message) -> list[bytes]:
+        """The body of each answer to a request for all of something. What changes meanwhile may be missing or come
+        twice. Raises OSError."""
+        number, found = next(self._sequence), list[bytes]()
+        self._socket.send(message(request.kind, _REQUEST | _DUMP | request.flags, number, request.body))
+        while True:
+            for kind, _, of, body in messages(self._socket.recv(_BUFFER)):
+                if of != number:
+                    continue
+                if kind == _DONE:
+                    return found
+                if kind == _ERROR:
+                    code = -_ERRNO.unpack_from(body)[0]
+                    raise OSError(code, os.strerror(code), request.what)
+                found.append(body)
 
     def close(self) -> None:
         """Closes the socket."""

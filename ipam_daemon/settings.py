@@ -28,6 +28,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     backend: Backend = Backend()
     non_masquerade_cidrs: tuple[Network, ...] = msgspec.field(default=(), name="nonMasqueradeCIDRs")
     mtu: int = 0
+    fast_path: bool = True
     run_dir: str = "/run/podwire"
     state_dir: str = "/var/lib/podwire"
     network_policy: bool = False

@@ -10,6 +10,7 @@ from ipam_daemon.agent import Agent
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.delqueue import DelQueue
 from ipam_daemon.errors import CniError
+from ipam_daemon.fastpath_keeper import FastPathKeeper
 from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.settings import Settings
@@ -34,6 +35,7 @@ class Status:
         metrics: Metrics,
         queue: DelQueue,
         dropped: Callable[[], Awaitable[Mapping[str, int]]],
+        fastpath: FastPathKeeper,
     ) -> None:
         """`dropped` asks the kernel how many frames were dropped for which reason."""
         self._settings = settings
@@ -44,6 +46,7 @@ class Status:
         self._metrics = metrics
         self._queue = queue
         self._dropped = dropped
+        self._fastpath = fastpath
 
     def message(self) -> agent_pb2.GetStatusResponse:
         """The status as the Agent service gives it."""
@@ -74,6 +77,7 @@ class Status:
             obstacle=self._agent.keeper.obstacle,
             backend=self._agent.backend,
             notes=self._agent.notes(),
+            fast_path=self._fastpath.state,
             peer_nodes=[
                 agent_pb2.Peer(name=each.name, addresses=map(str, each.addresses), blocks=map(str, each.blocks))
                 for each in self._agent.peers
@@ -89,6 +93,9 @@ class Status:
         metrics = self._metrics
         with suppress(CniError):  # the table may be gone for now
             metrics.spoofed.values = await self._dropped()
+        with suppress(OSError):
+            metrics.fast_packets.values = self._fastpath.taken()
+        metrics.fast_pods.set(self._fastpath.known)
         for use in self._attachments.addresses.uses():
             for state in _STATES:
                 metrics.addresses.labels(use.block.pool, str(use.block.cidr), state).set(getattr(use, state))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -81,9 +81,17 @@ class WireState(Enum):
 class Wires:
     """The wires of this node's pods."""
 
-    def __init__(self, thread: NetlinkThread, bridge: str = BRIDGE, guard: SpoofGuard | None = None) -> None:
-        """Without a `guard` a pod may send as anybody."""
+    def __init__(
+        self,
+        thread: NetlinkThread,
+        bridge: str = BRIDGE,
+        guard: SpoofGuard | None = None,
+        dying: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Without a `guard` a pod may send as anybody. `dying` is called with the name of a wire that is about to be
+        killed, for what leads round its port."""
         self._thread = thread
+        self._dying = dying
         self._bridge = bridge
         self._shaper = Shaper(thread)
         self._guard = guard
@@ -234,6 +242,7 @@ class Wires:
 
     def kill(self, host_ifname: str) -> None:
         """Nothing passes the wire any more when this returns; `reap` deletes it. A wire that is gone is fine."""
+        self._dying(host_ifname)
         index = index_of(host_ifname)
         steps = [lower_link(index, DOOMED_GROUP)] if index else []
         steps += self._shaper.doom(host_ifname, DOOMED_GROUP)
@@ -244,6 +253,7 @@ class Wires:
 
     def cut(self, host_ifname: str) -> None:
         """Nothing passes the wire any more, which stays where it is until its DEL. A wire that is gone is fine."""
+        self._dying(host_ifname)
         index = index_of(host_ifname)
         if index:
             with naming(f"cutting {host_ifname}"), tolerating(errno.ENODEV):
@@ -268,6 +278,7 @@ class Wires:
 
     def delete(self, host_ifname: str) -> None:
         """Deletes a wire at once, pair and all. A wire that is gone is fine."""
+        self._dying(host_ifname)
         index = index_of(host_ifname)
         if index:
             with naming(f"deleting {host_ifname}"), tolerating(errno.ENODEV):

@@ -57,6 +57,8 @@ def _print(status: agent_pb2.GetStatusResponse, attachments: list[agent_pb2.Atta
     console.print(f"{status.node} ({', '.join(status.addresses)}), podwire {status.version}: {state}", highlight=False)
     console.print(f"etcd {etcd}; {status.peers} peers, by {status.backend}; pods get MTU {status.mtu}", highlight=False)
     console.print(f"{status.waiting_dels} DELs wait; {status.releasing_wires} wires are being deleted", highlight=False)
+    if status.fast_path:
+        console.print(f"fast path {status.fast_path}", highlight=False, markup=False, soft_wrap=True)
     console.print(_proxy(proxy), highlight=False, markup=False, soft_wrap=True)
     if status.obstacle:
         console.print(f"no further block: {status.obstacle}", highlight=False, markup=False)

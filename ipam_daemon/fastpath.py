@@ -1,0 +1,314 @@
+"""The fast path in the kernel: which ports and devices have its programs, and which pods it knows.
+
+    every 2 s    onlookers ─▶ programs at devices and ports ─▶ pods in the map ─▶ lease    (fastpath_keeper.py)
+    DEL          the pod leaves the map before its wire is killed                          2 µs an address
+
+It is no part of a pod's network, which is whole without it: nothing of it is on the path of an ADD, and what fails of
+it is said in the status and tried again. A pod is known once it is a second old, so that plugins that follow in the
+chain have done what they do (limits of theirs, say), and as long as nobody else looks at its port's packets.
+
+The programs stay with ports and VXLAN device when the daemon ends, and pass everything on when its lease has run out,
+half a minute later: until then nothing of what they know can become wrong, since addresses are given by the daemon
+alone. The next daemon's programs replace them. What belongs to somebody else, the underlay's interfaces, has ours for
+as long as the daemon lives, and where packets of pods come by it, which they do with the backends `direct` and `auto`.
+
+Conntrack does not see what goes the fast way, and would take the end of such a connection for a stranger's packet:
+nf_conntrack_tcp_be_liberal is set while there is a fast path.
+
+Every function here runs on the netlink thread, but for those that say otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+import msgspec
+
+from ipam_daemon import tc_program
+from ipam_daemon.errors import PlumbingFailed
+from ipam_daemon.fastpath_program import (
+    COUNT_BYTES,
+    FROM_NODE,
+    KEY_BYTES,
+    LEASE_BYTES,
+    POD_BYTES,
+    TO_NODE,
+    TO_POD,
+    Conntrack,
+    Maps,
+    Node,
+    Where,
+    pod_key,
+    pod_value,
+    render,
+)
+from ipam_daemon.model import Attachment
+from ipam_daemon.netlink import NetlinkThread, index_of, naming, write_sysctl
+from ipam_daemon.onlookers import Onlookers, has_ipsec
+from ipam_daemon.plan import VXLAN, NodePlan
+from ipam_daemon.rtnl import get_link, is_port_of
+from podwire.bpf import kernel
+from podwire.bpf.btf import BtfError
+from podwire.errors import PodwireError
+
+LEASE_S = 30.0
+"""How long the programs go on without a daemon."""
+_MOST_PODS = 1 << 16
+_AT_A_TIME = 16
+_MONOTONIC_COARSE = 6  # linux/time.h
+_WAYS = {"pod": TO_POD, "node": TO_NODE, "from-node": FROM_NODE}
+_LIBERAL = "net/netfilter/nf_conntrack_tcp_be_liberal"
+_TUPLE = "nf_conntrack_tuple"
+_NAMES = frozenset(where.value for where in Where)
+
+
+class Unsupported(PodwireError):
+    """The kernel has no fast path; the message says what is missing."""
+
+
+class _Port(msgspec.Struct, frozen=True):
+    """A pod that the programs know: its port, and its keys in the map."""
+
+    ifindex: int
+    keys: tuple[bytes, ...]
+
+
+def read_conntrack() -> tuple[Conntrack, tuple[int, ...]]:
+    """What programs have to know of the running kernel, and descriptors of the modules' BTF, which the caller closes.
+
+    50 ms, on any thread. Raises Unsupported.
+    """
+    modules: tuple[int, ...] = ()
+    try:
+        types = kernel.read_btf()
+        module = kernel.read_module_btf("nf_conntrack", types)
+        if module is not None:
+            types, descriptor = module
+            modules = (descriptor,)
+        one = types.offset("nf_conntrack_tuple_hash", "tuple")
+        size = types.size("nf_conntrack_tuple_hash")
+        tuples = types.offset("nf_conn", "tuplehash")
+        answers, asked = tuples + size + one, tuples + one
+        return Conntrack(
+            lookup=types.function("bpf_skb_ct_lookup"),
+            release=types.function("bpf_ct_release"),
+            module=len(modules),
+            status=types.offset("nf_conn", "status"),
+            timeout=types.offset("nf_conn", "timeout"),
+            tcp_state=types.offset("nf_conn", "proto.tcp.state"),
+            original_to=(asked + types.offset(_TUPLE, "dst.u3"), asked + types.offset(_TUPLE, "dst.u")),
+            reply_from=(answers + types.offset(_TUPLE, "src.u3"), answers + types.offset(_TUPLE, "src.u")),
+            hz=round(1 / time.clock_getres(_MONOTONIC_COARSE)),  # a jiffy is what that clock counts
+        ), modules
+    except (BtfError, OSError) as error:
+        for descriptor in modules:
+            os.close(descriptor)
+        raise Unsupported(str(error)) from error
+
+
+def remove(thread: NetlinkThread) -> None:
+    """Takes away what an earlier daemon has left, which was configured otherwise. Raises PlumbingFailed, OSError."""
+    onlookers = Onlookers(thread)
+    for link in thread.host.get_links():
+        index, name = link["index"], str(link.get("ifname"))
+        if onlookers.has_filters(index) and not onlookers.foreign_filters(index, name, _NAMES):
+            with naming(f"taking the fast path from {name}"):
+                thread.channel.exchange([tc_program.delete_clsact(index)])
+
+
+class FastPath:
+    """The fast path of this node."""
+
+    def __init__(self, thread: NetlinkThread, conntrack: Conntrack, modules: tuple[int, ...]) -> None:
+        """Takes over what `read_conntrack` has found. Raises OSError."""
+        self._thread = thread
+        self._conntrack = conntrack
+        self._modules = modules
+        entries = len(_WAYS)
+        self._pods = kernel.Map(
+            kernel.MapKind.HASH, key=KEY_BYTES, value=POD_BYTES, entries=_MOST_PODS, name="podwire_pods"
+        )
+        self._lease = kernel.Map(kernel.MapKind.ARRAY, key=4, value=LEASE_BYTES, entries=1, name="podwire_lease")
+        self._counts = kernel.Map(
+            kernel.MapKind.ARRAY_PER_CPU, key=4, value=COUNT_BYTES, entries=entries, name="podwire_ways"
+        )
+        self._node: Node | None = None  # what the programs are for
+        self._programs: dict[Where, int] = {}
+        self._ports: dict[str, _Port] = {}
+        self._attached: dict[int, Where] = {}  # by ifindex
+        self._links: dict[int, int] = {}  # the underlay's, by ifindex
+        self.passed_over: dict[str, str] = {}
+        """Ports and devices that are left alone, each with why."""
+
+    @property
+    def known(self) -> int:
+        """How many pods the programs know. On any thread."""
+        return len(self._ports)
+
+    # --- what is asked of it
+
+    def ensure(self, plan: NodePlan, wires: Sequence[Attachment]) -> bool:
+        """Brings the kernel to what the plan and the wires say. False when there is more to do, which others need not
+        wait for. Raises PlumbingFailed, OSError."""
+        onlookers = Onlookers(self._thread)
+        self.passed_over = {}
+        direct = self._direct(plan)
+        self._ensure_programs(plan, direct)
+        write_sysctl(_LIBERAL, "1")
+        self._ensure_devices(onlookers, direct)
+        done = self._ensure_ports(onlookers, plan, wires)
+        until = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(LEASE_S * 1e9)
+        self._lease.put(struct.pack("=I", 0), struct.pack("=Q", until))
+        return done
+
+    def forget(self, host_ifname: str) -> None:
+        """No packet takes the fast way to or from this port any more. One that is not known is fine."""
+        port = self._ports.get(host_ifname)
+        if port is not None:
+            for key in port.keys:
+                self._pods.remove(key)
+            del self._ports[host_ifname]
+
+    def taken(self) -> dict[str, int]:
+        """Packets that took the fast way, by which. Raises OSError."""
+        found = {}
+        for name, place in _WAYS.items():
+            values = self._counts.get(struct.pack("=I", place)) or b""
+            found[name] = sum(number for (number,) in struct.iter_unpack("=Q", values))
+        return found
+
+    def close(self) -> None:
+        """Closes what is open; the underlay's interfaces are as they were then."""
+        for descriptor in (*self._links.values(), *self._programs.values(), *self._modules):
+            os.close(descriptor)
+        for each in (self._pods, self._lease, self._counts):
+            each.close()
+
+    # --- programs
+
+    def _direct(self, plan: NodePlan) -> frozenset[str]:
+        """The underlay's interfaces by which packets of pods come and go themselves."""
+        routes = plan.peers.routes.values() if plan.peers else ()
+        return frozenset(route.device for route in routes) - {VXLAN}
+
+    def _ensure_programs(self, plan: NodePlan, direct: Iterable[str]) -> None:
+        """Loads programs for what the node is now, and puts them where its old ones are."""
+        devices = [VXLAN, *sorted(direct)]
+        if has_ipsec():
+            self.passed_over[" and ".join(devices)] = "the node has IPsec policies"
+            devices = []
+        node = Node(
+            bridge=index_of(plan.bridge.name),
+            bridge_mac=plan.bridge.mac,
+            pools=plan.bridge.pools,
+            leaving=tuple(filter(None, map(index_of, devices))),
+        )
+        if node == self._node:
+            return
+        maps = Maps(pods=self._pods.descriptor, lease=self._lease.descriptor, counts=self._counts.descriptor)
+        made: dict[Where, int] = {}
+        try:
+            for where in Where:
+                made[where] = kernel.load(render(where, self._conntrack, maps, node), where.value, self._modules)
+        except OSError as error:
+            for program in made.values():
+                os.close(program)
+            raise PlumbingFailed(str(error)) from error
+        for program in self._programs.values():
+            os.close(program)
+        self._programs, self._node = made, node
+        self._attached = {}  # each gets its new one in this round
+        for link in self._links.values():
+            os.close(link)
+        self._links = {}
+
+    def _attach(self, ifindex: int, ifname: str, where: Where, onlookers: Onlookers) -> bool:
+        """Runs the program for what a link of ours takes in. False when somebody else has filters there."""
+        if self._attached.get(ifindex) is where:
+            return True
+        steps = [tc_program.set_program(ifindex, self._programs[where], where.value)]
+        if onlookers.has_filters(ifindex):
+            why = onlookers.foreign_filters(ifindex, ifname, _NAMES)
+            if why:
+                self.passed_over[ifname] = why
+                return False
+        else:
+            steps.insert(0, tc_program.add_clsact(ifindex))
+        with naming(f"fast path of {ifname}"):
+            self._thread.channel.exchange(steps)
+        self._attached[ifindex] = where
+        return True
+
+    # --- where they are
+
+    def _ensure_devices(self, onlookers: Onlookers, direct: Iterable[str]) -> None:
+        leaving = self._node.leaving if self._node else ()
+        vxlan = index_of(VXLAN)
+        if vxlan in leaving and not self._is_watched(onlookers, vxlan, VXLAN):
+            self._attach(vxlan, VXLAN, Where.ARRIVING, onlookers)
+        wanted = {index: name for name in direct if (index := index_of(name)) in leaving}
+        for index in self._links.keys() - wanted.keys():
+            os.close(self._links.pop(index))
+        for index, name in wanted.items():
+            why = onlookers.of(index, name) or (
+                "it has filters of somebody else" if onlookers.has_filters(index) else ""
+            )
+            if why:
+                self.passed_over[name] = why
+                if index in self._links:
+                    os.close(self._links.pop(index))
+            elif index not in self._links:
+                try:
+                    self._links[index] = kernel.attach_while_open(self._programs[Where.ARRIVING], index)
+                except OSError as error:  # before Linux 6.6
+                    self.passed_over[name] = f"packets that arrive take the long way: {error.strerror}"
+
+    def _is_watched(self, onlookers: Onlookers, ifindex: int, ifname: str) -> bool:
+        why = onlookers.of(ifindex, ifname)
+        if why:
+            self.passed_over[ifname] = why
+        return bool(why)
+
+    def _ensure_ports(self, onlookers: Onlookers, plan: NodePlan, wires: Iterable[Attachment]) -> bool:
+        """Takes a few new ports at a time; False when there are more."""
+        bridge = index_of(plan.bridge.name)
+        wanted = {each.host_ifname: each for each in wires if not each.bandwidth}
+        for name, port in list(self._ports.items()):
+            gone = name not in wanted or not onlookers.is_there(port.ifindex)
+            if gone or self._is_watched(onlookers, port.ifindex, name):
+                self.forget(name)
+            else:
+                self._attach(port.ifindex, name, Where.FROM_POD, onlookers)
+        present = {port.ifindex for port in self._ports.values()} | {index_of(VXLAN)}
+        self._attached = {index: where for index, where in self._attached.items() if index in present}
+        new = 0
+        for name in wanted.keys() - self._ports.keys():
+            index = self._new_port(name, bridge)
+            if not index or self._is_watched(onlookers, index, name):
+                continue
+            if new == _AT_A_TIME:
+                return False
+            new += 1
+            if self._attach(index, name, Where.FROM_POD, onlookers):
+                self._admit(name, index, wanted[name])
+        return True
+
+    def _new_port(self, name: str, bridge: int) -> int:
+        """The index of a wire's end on the node, 0 for one that is gone or dead."""
+        index = index_of(name)
+        if not index:
+            return 0
+        with suppress(OSError):  # it is gone since
+            (link,) = self._thread.channel.exchange([get_link(index)])
+            return index if is_port_of(link, bridge) else 0
+        return 0
+
+    def _admit(self, name: str, ifindex: int, wire: Attachment) -> None:
+        port = _Port(ifindex, tuple(pod_key(each.ip) for each in wire.addresses))
+        self._ports[name] = port
+        for key in port.keys:
+            self._pods.put(key, pod_value(ifindex, wire.mac))

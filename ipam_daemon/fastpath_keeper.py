@@ -1,0 +1,120 @@
+"""The fast path, looked after: whether this node has one, and a round every two seconds while it does.
+
+    off: fastPath: off          what an earlier daemon left is taken away, once
+    off: <what is missing>      the kernel cannot; packets take the long way, which is whole
+    on: <how many> pods         rounds; one that fails is said and comes again, and without any for half a minute the
+                                programs pass everything on by themselves
+
+It is a task of the daemon's, and nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping
+
+from ipam_daemon import fastpath
+from ipam_daemon.errors import CniError
+from ipam_daemon.fastpath import FastPath, Unsupported, read_conntrack
+from ipam_daemon.identity import boottime_ns
+from ipam_daemon.model import Attachment, AttachmentState
+from ipam_daemon.netlink import NetlinkThread
+from ipam_daemon.plan import NodePlan
+
+ROUND_S = 2.0
+"""How often it is looked after."""
+AGE_S = 1.0
+"""How old a pod is before its packets take the fast way: plugins that follow in the chain have done what they do."""
+
+log = logging.getLogger(__name__)
+
+
+class FastPathKeeper:
+    """The fast path of this node, if it has one."""
+
+    def __init__(
+        self,
+        thread: NetlinkThread,
+        plan: Callable[[], NodePlan | None],
+        wires: Callable[[], Iterable[Attachment]],
+        *,
+        wanted: bool,
+    ) -> None:
+        """`plan` is what the kernel was last brought to, `wires` are the node's own that are not cut off."""
+        self._thread = thread
+        self._plan = plan
+        self._wires = wires
+        self._wanted = wanted
+        self._path: FastPath | None = None
+        self._obstacle = "the daemon has just started"
+
+    @property
+    def state(self) -> str:
+        """What there is, in a line."""
+        if self._path is None or self._obstacle:
+            return f"off: {self._obstacle}"
+        passed_over = [f"{name}: {why}" for name, why in sorted(self._path.passed_over.items())]
+        return "; ".join((f"on: {self._path.known} pods", *passed_over[:5]))
+
+    @property
+    def known(self) -> int:
+        """How many pods' packets may take the fast way."""
+        return self._path.known if self._path is not None and not self._obstacle else 0
+
+    def forget(self, host_ifname: str) -> None:
+        """A wire is about to be killed. On the netlink thread; raises OSError."""
+        if self._path is not None:
+            self._path.forget(host_ifname)
+
+    def taken(self) -> Mapping[str, int]:
+        """Packets that took the fast way, by which. Raises OSError."""
+        return self._path.taken() if self._path is not None else {}
+
+    async def run_forever(self) -> None:
+        """Until cancelled; ends at once where there is no fast path."""
+        if not await self._open():
+            return
+        while True:
+            await self._round()
+            await asyncio.sleep(ROUND_S)
+
+    async def close(self) -> None:
+        """Ports and VXLAN device keep their programs."""
+        path, self._path = self._path, None
+        if path is not None:
+            await self._thread.run(path.close)
+
+    async def _open(self) -> bool:
+        try:
+            if not self._wanted:
+                self._obstacle = "fastPath is off"
+                await self._thread.run(fastpath.remove, self._thread)
+                return False
+            self._path = await self._thread.run(FastPath, self._thread, *await asyncio.to_thread(read_conntrack))
+        except (Unsupported, CniError, OSError) as error:
+            self._say(str(error))
+            return False
+        return True
+
+    async def _round(self) -> None:
+        plan, path = self._plan(), self._path
+        if plan is None or path is None:
+            return
+        try:
+            while not await self._thread.run(path.ensure, plan, self._old_enough()):
+                continue  # what else waits for the thread goes first
+        except (CniError, OSError, sqlite3.Error) as error:
+            self._say(str(error))
+        else:
+            self._obstacle = ""
+
+    def _old_enough(self) -> list[Attachment]:
+        latest = boottime_ns() - int(AGE_S * 1e9)
+        return [each for each in self._wires() if each.state is AttachmentState.ATTACHED and each.created_ns < latest]
+
+    def _say(self, why: str) -> None:
+        if why != self._obstacle:
+            log.warning("packets between pods take the long way: %s", why)
+        self._obstacle = why

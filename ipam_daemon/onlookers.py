@@ -1,0 +1,78 @@
+"""Whose business the packets of a link are besides ours: what the fast path would take them past.
+
+    a queue that somebody chose (a token bucket, say), tc's filters, nft chains of family netdev    of the link
+    IPsec policies                                                                                  of the node
+
+One dump each. Where there is any, the fast path stands back: a limit stays a limit, and what leaves encrypted still
+does. What comes later is found in the next round.
+
+Source: rtnetlink(7); linux/xfrm.h. Every function here runs on the netlink thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from contextlib import closing
+
+from ipam_daemon import tc_program
+from ipam_daemon.netlink import NetlinkThread
+from ipam_daemon.rtnl import Channel, Message
+from podwire.nlattr import attributes
+
+_NETLINK_XFRM, _GET_POLICIES, _POLICIES = 6, 0x25, 1
+_COUNTS = struct.Struct("=III")  # xfrmu_spdinfo: in, out, forwarded
+_U32 = struct.Struct("=I")
+_SECONDS = 5.0
+
+
+class Onlookers:
+    """What there is now."""
+
+    def __init__(self, thread: NetlinkThread) -> None:
+        """Raises OSError."""
+        self._thread = thread
+        self._kinds: dict[int, set[str]] = {}
+        for answer in thread.channel.dump(tc_program.list_qdiscs()):
+            found = tc_program.read_qdisc(answer)
+            self._kinds.setdefault(found.ifindex, set()).add(found.kind)
+        self._devices = thread.nftables.devices()
+
+    def is_there(self, ifindex: int) -> bool:
+        """Whether there is a link with this index."""
+        return ifindex in self._kinds
+
+    def has_filters(self, ifindex: int) -> bool:
+        """Whether there is a place for filters, whoever made it."""
+        return "clsact" in self._kinds.get(ifindex, ())
+
+    def of(self, ifindex: int, ifname: str) -> str:
+        """Who looks at the link's packets, in words; empty when nobody does. Filters are not looked at."""
+        chosen = self._kinds.get(ifindex, set()) - tc_program.PLAIN - {"clsact"}
+        if chosen:
+            return f"{ifname} has a {min(chosen)} queue"
+        return f"{ifname} has an nft chain of family netdev" if ifname in self._devices else ""
+
+    def foreign_filters(self, ifindex: int, ifname: str, ours: frozenset[str]) -> str:
+        """The same of tc's filters for what it takes in, but for programs of these names."""
+        names = {
+            name
+            for name in map(tc_program.read_filter_name, self._thread.channel.dump(tc_program.list_filters(ifindex)))
+            if name is not None
+        }
+        return f"{ifname} has filters of somebody else" if names - ours or not names else ""
+
+
+def has_ipsec() -> bool:
+    """Whether there are IPsec policies in the namespace of this thread. Raises OSError."""
+    try:
+        asking = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_XFRM)
+    except OSError as error:
+        if error.errno == errno.EPROTONOSUPPORT:  # a kernel without IPsec
+            return False
+        raise
+    with closing(Channel(asking, _SECONDS)) as channel:
+        (answer,) = channel.exchange([Message(_GET_POLICIES, 0, _U32.pack(0xFFFFFFFF), "IPsec policies")])
+    found = dict(attributes(answer[_U32.size :])).get(_POLICIES, bytes(_COUNTS.size))
+    return any(_COUNTS.unpack_from(found))
