@@ -1,6 +1,6 @@
 """The daemon's parts, put together: what is made of what, in which order it starts, and in which it ends.
 
-    start   journal ─▶ addresses of the boot before ─▶ restore ─▶ replay queued DELs ─▶ socket ─▶ HTTP
+    start   journal ─▶ addresses of the boot before ─▶ no fast path ─▶ restore ─▶ replay queued DELs ─▶ socket ─▶ HTTP
     run     join, converge, supply, reap, replay, reconcile, fast path: a task each; one that dies ends the daemon
     stop    no new calls ─▶ those in flight are finished ─▶ what is held is written down ─▶ the name is given back
 
@@ -84,6 +84,7 @@ class Daemon:
     async def run(self, stopped: asyncio.Event) -> None:
         """Serves until `stopped` is set. Raises what a part raised that cannot go on."""
         self._held.recall()
+        await self._fastpath.begin()
         await self._agent.restore()
         await self._queue.replay()
         self._podwatch.adopt(self._journal.attachments())

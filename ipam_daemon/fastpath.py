@@ -9,8 +9,9 @@ chain have done what they do (limits of theirs, say), and as long as nobody else
 
 The programs stay with ports and VXLAN device when the daemon ends, and pass everything on when its lease has run out,
 half a minute later: until then nothing of what they know can become wrong, since addresses are given by the daemon
-alone. The next daemon's programs replace them. What belongs to somebody else, the underlay's interfaces, has ours for
-as long as the daemon lives, and where packets of pods come by it, which they do with the backends `direct` and `auto`.
+alone. The next daemon takes them away before it answers anybody, and puts its own there. The underlay's interfaces,
+which are somebody else's, have ours for as long as the daemon lives, and where packets of pods come by them: with the
+backends `direct` and `auto`.
 
 Conntrack does not see what goes the fast way, and would take the end of such a connection for a stranger's packet:
 nf_conntrack_tcp_be_liberal is set while there is a fast path.
@@ -20,6 +21,7 @@ Every function here runs on the netlink thread, but for those that say otherwise
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
@@ -47,7 +49,7 @@ from ipam_daemon.fastpath_program import (
     render,
 )
 from ipam_daemon.model import Attachment
-from ipam_daemon.netlink import NetlinkThread, index_of, naming, write_sysctl
+from ipam_daemon.netlink import NetlinkThread, index_of, naming, tolerating, write_sysctl
 from ipam_daemon.onlookers import Onlookers, has_ipsec
 from ipam_daemon.plan import VXLAN, NodePlan
 from ipam_daemon.rtnl import get_link, is_port_of
@@ -59,6 +61,8 @@ LEASE_S = 30.0
 """How long the programs go on without a daemon."""
 _MOST_PODS = 1 << 16
 _AT_A_TIME = 16
+_GONE = (errno.ENOENT, errno.EINVAL, errno.ENODEV)
+_FILTERS = "it has filters of somebody else"
 _MONOTONIC_COARSE = 6  # linux/time.h
 _WAYS = {"pod": TO_POD, "node": TO_NODE, "from-node": FROM_NODE}
 _LIBERAL = "net/netfilter/nf_conntrack_tcp_be_liberal"
@@ -111,13 +115,17 @@ def read_conntrack() -> tuple[Conntrack, tuple[int, ...]]:
 
 
 def remove(thread: NetlinkThread) -> None:
-    """Takes away what an earlier daemon has left, which was configured otherwise. Raises PlumbingFailed, OSError."""
+    """Takes away what an earlier daemon has left: its programs know pods that nobody tells them of any more.
+
+    For the start, before a DEL is answered. 0.1 ms a port. Raises PlumbingFailed, OSError.
+    """
     onlookers = Onlookers(thread)
-    for link in thread.host.get_links():
-        index, name = link["index"], str(link.get("ifname"))
-        if onlookers.has_filters(index) and not onlookers.foreign_filters(index, name, _NAMES):
-            with naming(f"taking the fast path from {name}"):
-                thread.channel.exchange([tc_program.delete_clsact(index)])
+    for index in onlookers.with_filters():
+        found = onlookers.filters(index)
+        if found & _NAMES:
+            step = tc_program.delete_program(index) if found - _NAMES else tc_program.delete_clsact(index)
+            with naming(f"taking the fast path from link {index}"), tolerating(*_GONE):
+                thread.channel.exchange([step])
 
 
 class FastPath:
@@ -139,7 +147,7 @@ class FastPath:
         self._node: Node | None = None  # what the programs are for
         self._programs: dict[Where, int] = {}
         self._ports: dict[str, _Port] = {}
-        self._attached: dict[int, Where] = {}  # by ifindex
+        self._attached: dict[int, tuple[Where, Node | None]] = {}  # by ifindex
         self._links: dict[int, int] = {}  # the underlay's, by ifindex
         self.passed_over: dict[str, str] = {}
         """Ports and devices that are left alone, each with why."""
@@ -205,7 +213,8 @@ class FastPath:
             bridge=index_of(plan.bridge.name),
             bridge_mac=plan.bridge.mac,
             pools=plan.bridge.pools,
-            leaving=tuple(filter(None, map(index_of, devices))),
+            vxlan=index_of(VXLAN) if devices else 0,
+            underlay=tuple(filter(None, map(index_of, devices[1:]))),
         )
         if node == self._node:
             return
@@ -220,55 +229,64 @@ class FastPath:
             raise PlumbingFailed(str(error)) from error
         for program in self._programs.values():
             os.close(program)
-        self._programs, self._node = made, node
-        self._attached = {}  # each gets its new one in this round
+        self._programs, self._node = made, node  # each link gets its new one in this round
         for link in self._links.values():
             os.close(link)
         self._links = {}
 
     def _attach(self, ifindex: int, ifname: str, where: Where, onlookers: Onlookers) -> bool:
         """Runs the program for what a link of ours takes in. False when somebody else has filters there."""
-        if self._attached.get(ifindex) is where:
+        if self._attached.get(ifindex) == (where, self._node):
             return True
-        steps = [tc_program.set_program(ifindex, self._programs[where], where.value)]
-        if onlookers.has_filters(ifindex):
-            why = onlookers.foreign_filters(ifindex, ifname, _NAMES)
-            if why:
-                self.passed_over[ifname] = why
-                return False
-        else:
-            steps.insert(0, tc_program.add_clsact(ifindex))
+        there, channel = onlookers.has_filters(ifindex), self._thread.channel
+        if there and onlookers.filters(ifindex) - _NAMES:
+            self.passed_over[ifname] = _FILTERS
+            return False
         with naming(f"fast path of {ifname}"):
-            self._thread.channel.exchange(steps)
-        self._attached[ifindex] = where
+            if not there:
+                channel.exchange([tc_program.add_clsact(ifindex)])
+            try:
+                channel.exchange([tc_program.set_program(ifindex, self._programs[where], where.value)])
+            except OSError:
+                if not there:
+                    channel.exchange([tc_program.delete_clsact(ifindex)])
+                raise
+        self._attached[ifindex] = (where, self._node)
         return True
+
+    def _detach(self, ifindex: int, ifname: str) -> None:
+        """The same no more, wherever the link has gone."""
+        if self._attached.pop(ifindex, None) is not None:
+            with naming(f"fast path of {ifname}"), tolerating(*_GONE):
+                self._thread.channel.exchange([tc_program.delete_program(ifindex)])
 
     # --- where they are
 
     def _ensure_devices(self, onlookers: Onlookers, direct: Iterable[str]) -> None:
-        leaving = self._node.leaving if self._node else ()
-        vxlan = index_of(VXLAN)
-        if vxlan in leaving and not self._is_watched(onlookers, vxlan, VXLAN):
+        underlay, vxlan = (self._node.underlay, self._node.vxlan) if self._node else ((), 0)
+        if not vxlan or self._is_watched(onlookers, vxlan, VXLAN, sends=False):
+            self._detach(index_of(VXLAN), VXLAN)
+        else:
             self._attach(vxlan, VXLAN, Where.ARRIVING, onlookers)
-        wanted = {index: name for name in direct if (index := index_of(name)) in leaving}
+        wanted = {
+            index: name
+            for name in direct
+            if (index := index_of(name)) in underlay and not self._is_watched(onlookers, index, name, sends=False)
+        }
+        for index, name in list(wanted.items()):
+            if onlookers.has_filters(index):
+                self.passed_over[name] = _FILTERS
+                del wanted[index]
         for index in self._links.keys() - wanted.keys():
             os.close(self._links.pop(index))
-        for index, name in wanted.items():
-            why = onlookers.of(index, name) or (
-                "it has filters of somebody else" if onlookers.has_filters(index) else ""
-            )
-            if why:
-                self.passed_over[name] = why
-                if index in self._links:
-                    os.close(self._links.pop(index))
-            elif index not in self._links:
-                try:
-                    self._links[index] = kernel.attach_while_open(self._programs[Where.ARRIVING], index)
-                except OSError as error:  # before Linux 6.6
-                    self.passed_over[name] = f"packets that arrive take the long way: {error.strerror}"
+        for index in wanted.keys() - self._links.keys():
+            try:
+                self._links[index] = kernel.attach_while_open(self._programs[Where.ARRIVING], index)
+            except OSError as error:  # before Linux 6.6
+                self.passed_over[wanted[index]] = f"what arrives takes the long way: {error.strerror}"
 
-    def _is_watched(self, onlookers: Onlookers, ifindex: int, ifname: str) -> bool:
-        why = onlookers.of(ifindex, ifname)
+    def _is_watched(self, onlookers: Onlookers, ifindex: int, ifname: str, *, sends: bool) -> bool:
+        why = onlookers.of(ifindex, ifname, sends=sends)
         if why:
             self.passed_over[ifname] = why
         return bool(why)
@@ -279,7 +297,7 @@ class FastPath:
         wanted = {each.host_ifname: each for each in wires if not each.bandwidth}
         for name, port in list(self._ports.items()):
             gone = name not in wanted or not onlookers.is_there(port.ifindex)
-            if gone or self._is_watched(onlookers, port.ifindex, name):
+            if gone or self._is_watched(onlookers, port.ifindex, name, sends=True):
                 self.forget(name)
             else:
                 self._attach(port.ifindex, name, Where.FROM_POD, onlookers)
@@ -288,7 +306,7 @@ class FastPath:
         new = 0
         for name in wanted.keys() - self._ports.keys():
             index = self._new_port(name, bridge)
-            if not index or self._is_watched(onlookers, index, name):
+            if not index or self._is_watched(onlookers, index, name, sends=True):
                 continue
             if new == _AT_A_TIME:
                 return False

@@ -1,7 +1,7 @@
 """The fast path, looked after: whether this node has one, and a round every two seconds while it does.
 
-    off: fastPath: off          what an earlier daemon left is taken away, once
-    off: <what is missing>      the kernel cannot; packets take the long way, which is whole
+    off: fastPath is false      packets take the long way, which is whole
+    off: <what is missing>      the same: the kernel cannot
     on: <how many> pods         rounds; one that fails is said and comes again, and without any for half a minute the
                                 programs pass everything on by themselves
 
@@ -72,6 +72,14 @@ class FastPathKeeper:
         """Packets that took the fast way, by which. Raises OSError."""
         return self._path.taken() if self._path is not None else {}
 
+    async def begin(self) -> None:
+        """Takes away what an earlier daemon has left; before any call is answered. What cannot be taken away ends with
+        its lease."""
+        try:
+            await self._thread.run(fastpath.remove, self._thread)
+        except CniError as error:
+            log.warning("the fast path of the daemon before is still there, for %g s: %s", fastpath.LEASE_S, error)
+
     async def run_forever(self) -> None:
         """Until cancelled; ends at once where there is no fast path."""
         if not await self._open():
@@ -87,11 +95,10 @@ class FastPathKeeper:
             await self._thread.run(path.close)
 
     async def _open(self) -> bool:
+        if not self._wanted:
+            self._obstacle = "fastPath is false"
+            return False
         try:
-            if not self._wanted:
-                self._obstacle = "fastPath is off"
-                await self._thread.run(fastpath.remove, self._thread)
-                return False
             self._path = await self._thread.run(FastPath, self._thread, *await asyncio.to_thread(read_conntrack))
         except (Unsupported, CniError, OSError) as error:
             self._say(str(error))

@@ -12,7 +12,7 @@ forbids it) cuts it here, and a route that changes changes here. A packet takes 
 
     the daemon lives               it renews a lease, after which the programs pass everything on
     TCP or UDP, whole              no option, fragment, extension header, VLAN tag; of TCP no SYN, FIN or RST
-    its sender is who it says      port, MAC and address are those of one pod (FROM_POD); no pod of ours (ARRIVING)
+    its sender is who it says      port, MAC and address are those of one pod (FROM_POD)
     conntrack knows it             answered, assured where it is TCP and established; not translated by anybody, IPVS
                                    included, no helper, no other end in sight for 20 s
     it fits                        no larger than what it leaves by takes, its hop limit above 1
@@ -54,8 +54,8 @@ LEAST_LEFT = 20
 # struct __sk_buff
 _LEN, _PKT_TYPE, _VLAN_PRESENT, _IFINDEX, _DATA, _DATA_END, _GSO_SIZE = 0, 4, 20, 40, 76, 80, 176
 # enum bpf_func_id
-_LOOKUP, _STORE_BYTES, _CHANGE_TYPE, _FIB_LOOKUP, _JIFFIES, _REDIRECT_NEIGH, _REDIRECT_PEER, _COARSE_NS = (
-    1, 9, 32, 69, 118, 152, 155, 160,
+_LOOKUP, _STORE_BYTES, _REDIRECT, _CHANGE_TYPE, _FIB_LOOKUP, _JIFFIES, _REDIRECT_NEIGH, _REDIRECT_PEER, _COARSE_NS = (
+    1, 9, 23, 32, 69, 118, 152, 155, 160,
 )  # fmt: skip
 _RECOMPUTE_CSUM, _PACKET_HOST = 1, 0
 # enum ip_conntrack_status
@@ -73,6 +73,7 @@ _TUPLE, _SENDER, _RECEIVER, _OPTIONS, _STATE, _LEFT, _WAY, _NEIGHBOUR, _MACS, _W
 )  # fmt: skip
 _WAY_BYTES, _NEIGHBOUR_BYTES = 64, 20  # struct bpf_fib_lookup, struct bpf_redir_neigh
 _WAY_PROTOCOL, _WAY_MTU, _WAY_IFINDEX, _WAY_SOURCE, _WAY_DESTINATION = 1, 6, 8, 16, 32
+_WAY_SOURCE_MAC, _WAY_DESTINATION_MAC = 52, 58
 
 
 class Where(Enum):
@@ -108,12 +109,14 @@ class Maps(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """What the programs are for: the bridge, the pools of the cluster, and the devices by which packets may leave."""
+    """What the programs are for: the bridge, the pools of the cluster, and the devices by which packets may
+    leave, by their indexes; 0 for no VXLAN."""
 
     bridge: int
     bridge_mac: str
     pools: tuple[Network, ...]
-    leaving: tuple[int, ...]
+    vxlan: int
+    underlay: tuple[int, ...]
 
 
 class _Family(msgspec.Struct, frozen=True, kw_only=True):
@@ -276,11 +279,11 @@ class _Part:
         program.call(_LOOKUP)
 
     def _check_sender(self) -> None:
+        """Where it comes from a node, nobody asks on the long way either."""
+        if not self._from_pod:
+            return
         program = self._program
         self._find(_SENDER)
-        if not self._from_pod:
-            program.jump_if(Test.DIFFERENT, R0, 0, "on")
-            return
         program.jump_if(Test.EQUAL, R0, 0, "on")
         program.load(W, R1, R0, 0)
         program.load(W, R2, R6, _IFINDEX)
@@ -431,7 +434,7 @@ class _Part:
         program.exit()
 
     def _to_node(self) -> None:
-        """The way is the routing table's, the neighbour the kernel's to find and to keep."""
+        """The way is the routing table's."""
         program = self._program
         for offset in range(0, _WAY_BYTES, 8):
             program.store_number(D, R10, _WAY + offset, 0)
@@ -451,14 +454,36 @@ class _Part:
         program.load(B, R1, R10, _WAY)
         program.jump_if(Test.DIFFERENT, R1, self._family.number, "on")  # a gateway of the other family
         program.load(W, R8, R10, _WAY + _WAY_IFINDEX)
-        leaving = self._label("leaving")
-        for ifindex in self._node.leaving:
+        leaving, tunnel = self._label("leaving"), self._label("tunnel")
+        for ifindex in filter(None, (self._node.vxlan, *self._node.underlay)):
             program.jump_if(Test.EQUAL, R8, ifindex, leaving)
         program.jump("on")
         program.label(leaving)
         self._check_fits()
         self._take_a_hop()
         self._count(TO_NODE)
+        program.jump_if(Test.EQUAL, R8, self._node.vxlan, tunnel)
+        self._by_neighbour()
+        program.label(tunnel)
+        self._by_tunnel()
+
+    def _by_tunnel(self) -> None:
+        """Its neighbours are permanent, so what the routing table says of their MACs holds."""
+        program = self._program
+        for half in range(0, 6, 2):
+            program.load(H, R1, R10, _WAY + _WAY_DESTINATION_MAC + half)
+            program.store(H, R10, _MACS + half, R1)
+            program.load(H, R1, R10, _WAY + _WAY_SOURCE_MAC + half)
+            program.store(H, R10, _MACS + 6 + half, R1)
+        self._store(0, _MACS, 12, 0)
+        program.copy(R1, R8)
+        program.set(R2, 0)
+        program.call(_REDIRECT)
+        program.exit()
+
+    def _by_neighbour(self) -> None:
+        """Its MAC is the kernel's to find, and to find out anew."""
+        program = self._program
         program.store_number(W, R10, _NEIGHBOUR, self._family.number)
         for word in range(0, 16, 4):
             program.load(W, R1, R10, _WAY + _WAY_DESTINATION + word)

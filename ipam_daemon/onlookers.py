@@ -47,21 +47,23 @@ class Onlookers:
         """Whether there is a place for filters, whoever made it."""
         return "clsact" in self._kinds.get(ifindex, ())
 
-    def of(self, ifindex: int, ifname: str) -> str:
-        """Who looks at the link's packets, in words; empty when nobody does. Filters are not looked at."""
-        chosen = self._kinds.get(ifindex, set()) - tc_program.PLAIN - {"clsact"}
+    def of(self, ifindex: int, ifname: str, *, sends: bool) -> str:
+        """Who looks at packets that the link takes in, in words, and at those that it `sends`; empty when nobody does.
+        Filters are not looked at."""
+        kinds = self._kinds.get(ifindex, set())
+        chosen = (kinds - tc_program.PLAIN - {"clsact"}) if sends else kinds & {"ingress"}
         if chosen:
-            return f"{ifname} has a {min(chosen)} queue"
-        return f"{ifname} has an nft chain of family netdev" if ifname in self._devices else ""
+            return f"it has a queueing discipline of somebody else ({min(chosen)})"
+        return "it has an nft chain of family netdev" if ifname in self._devices else ""
 
-    def foreign_filters(self, ifindex: int, ifname: str, ours: frozenset[str]) -> str:
-        """The same of tc's filters for what it takes in, but for programs of these names."""
-        names = {
-            name
-            for name in map(tc_program.read_filter_name, self._thread.channel.dump(tc_program.list_filters(ifindex)))
-            if name is not None
-        }
-        return f"{ifname} has filters of somebody else" if names - ours or not names else ""
+    def with_filters(self) -> list[int]:
+        """The links that have a place for filters."""
+        return [ifindex for ifindex, kinds in self._kinds.items() if "clsact" in kinds]
+
+    def filters(self, ifindex: int) -> frozenset[str]:
+        """The names of the link's filters, "" for one that has none; the place for them is there."""
+        answers = [each for asked in tc_program.list_filters(ifindex) for each in self._thread.channel.dump(asked)]
+        return frozenset(name for name in map(tc_program.read_filter_name, answers) if name is not None)
 
 
 def has_ipsec() -> bool:

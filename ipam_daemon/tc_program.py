@@ -18,10 +18,10 @@ import msgspec
 from ipam_daemon.rtnl import Message
 from podwire.nlattr import attribute, attributes, nested
 
-_NEWQDISC, _DELQDISC, _GETQDISC, _NEWFILTER, _GETFILTER = 36, 37, 38, 44, 46
+_NEWQDISC, _DELQDISC, _GETQDISC, _NEWFILTER, _DELFILTER, _GETFILTER = 36, 37, 38, 44, 45, 46
 _REPLACE, _EXCL, _CREATE = 0x100, 0x200, 0x400
 _TC = struct.Struct("=BxxxiIII")  # tcmsg: family, index, handle, parent, info
-_CLSACT, _CLSACT_HANDLE, _INGRESS = 0xFFFFFFF1, 0xFFFF0000, 0xFFFFFFF2
+_CLSACT, _CLSACT_HANDLE, _INGRESS, _EGRESS = 0xFFFFFFF1, 0xFFFF0000, 0xFFFFFFF2, 0xFFFFFFF3
 _KIND, _OPTIONS, _BPF_FD, _BPF_NAME, _BPF_FLAGS = 1, 2, 6, 7, 8
 _DIRECT_ACTION, _ANY_PROTOCOL, _LAST = 1, 3, 0xFFFF
 _U32 = struct.Struct("=I")
@@ -63,14 +63,21 @@ def set_program(ifindex: int, program: int, name: str) -> Message:
     return Message(_NEWFILTER, _CREATE | _REPLACE, body, f"eBPF program {name}")
 
 
+def delete_program(ifindex: int) -> Message:
+    """Takes our program away, and leaves the filters of others."""
+    body = _TC.pack(0, ifindex, _HANDLE, _INGRESS, _LAST << 16 | socket.htons(_ANY_PROTOCOL))
+    return Message(_DELFILTER, 0, body + attribute(_KIND, b"bpf\0"), "eBPF program")
+
+
 def list_qdiscs() -> Message:
     """Asks for the queueing disciplines of all links; for a dump."""
     return Message(_GETQDISC, 0, _TC.pack(0, 0, 0, 0, 0), "qdiscs")
 
 
-def list_filters(ifindex: int) -> Message:
-    """Asks for the filters of what a link takes in; for a dump."""
-    return Message(_GETFILTER, 0, _TC.pack(0, ifindex, 0, _INGRESS, 0), "filters")
+def list_filters(ifindex: int) -> tuple[Message, Message]:
+    """Asks for the filters of what a link takes in, and of what it sends; each for a dump."""
+    one, other = (Message(_GETFILTER, 0, _TC.pack(0, ifindex, 0, way, 0), "filters") for way in (_INGRESS, _EGRESS))
+    return one, other
 
 
 def read_qdisc(answer: bytes) -> Qdisc:
