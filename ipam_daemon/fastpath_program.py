@@ -207,6 +207,7 @@ class _Part:
         self._maps = maps
         self._node = node
         self._family = family
+        self._ways = tuple(filter(None, (node.vxlan, *node.underlay))) if self._from_pod else ()
 
     def write(self) -> None:
         """Adds it to the program."""
@@ -216,13 +217,15 @@ class _Part:
         self._check_sender()
         self._find_receiver()
         self._check_conntrack()
-        if self._from_pod:
+        if not self._from_pod:
+            self._into_pod()
+            return
+        if self._ways:
             self._program.jump_if(Test.EQUAL, R8, 0, self._label("node"))
-            self._to_pod()
+        self._to_pod()
+        if self._ways:
             self._program.label(self._label("node"))
             self._to_node()
-        else:
-            self._into_pod()
 
     def _label(self, word: str) -> str:
         return f"{word}{self._family.version}"
@@ -301,7 +304,7 @@ class _Part:
     def _find_receiver(self) -> None:
         program, elsewhere, found = self._program, self._label("elsewhere"), self._label("found")
         self._find(_RECEIVER)
-        program.jump_if(Test.EQUAL, R0, 0, elsewhere if self._from_pod else "on")
+        program.jump_if(Test.EQUAL, R0, 0, elsewhere if self._ways else "on")
         if not self._from_pod:
             program.load(W, R8, R0, 0)
             program.load(W, R1, R0, 4)
@@ -312,6 +315,8 @@ class _Part:
             return
         self._check_mac(0)
         program.load(W, R8, R0, 0)
+        if not self._ways:
+            return
         program.jump(found)
         program.label(elsewhere)
         self._check_pools()
@@ -455,7 +460,7 @@ class _Part:
         program.jump_if(Test.DIFFERENT, R1, self._family.number, "on")  # a gateway of the other family
         program.load(W, R8, R10, _WAY + _WAY_IFINDEX)
         leaving, tunnel = self._label("leaving"), self._label("tunnel")
-        for ifindex in filter(None, (self._node.vxlan, *self._node.underlay)):
+        for ifindex in self._ways:
             program.jump_if(Test.EQUAL, R8, ifindex, leaving)
         program.jump("on")
         program.label(leaving)

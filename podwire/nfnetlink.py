@@ -29,7 +29,7 @@ from itertools import count
 
 import msgspec
 
-from podwire.nfelements import Change, Table, Verdict
+from podwire.nfelements import Change, Family, Table, Verdict
 from podwire.nlattr import attribute, attributes, message, messages, nested
 
 # netlink
@@ -51,7 +51,7 @@ _GETCHAIN, _GETRULE, _NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETOBJ = (
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS, _LIST_ELEM = 1, 2, 3, 1
 _ELEM_KEY, _ELEM_DATA = 1, 2
 _DATA_VALUE, _DATA_VERDICT, _VERDICT_CODE, _VERDICT_CHAIN = 1, 2, 1, 2
-_CHAIN_TABLE, _CHAIN_NAME = 1, 3
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _HOOK_DEV, _HOOK_DEVS = 1, 3, 4, 3, 4
 _RULE_TABLE, _RULE_CHAIN, _RULE_USERDATA, _UDATA_COMMENT = 1, 2, 7, 0
 _OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA, _OBJ_COUNTER, _COUNTER_PACKETS = 1, 2, 3, 4, 1, 2
 _U32, _U64, _I32 = struct.Struct("!I"), struct.Struct("!Q"), struct.Struct("!i")
@@ -219,6 +219,15 @@ class Nftables:
         return frozenset(
             _string(fields[_CHAIN_NAME]) for fields in listed if _string(fields[_CHAIN_TABLE]) == table.name
         )
+
+    def devices(self) -> frozenset[str]:
+        """The names of the interfaces that have chains of family netdev."""
+        found = set[str]()
+        for body in self._dump(_GETCHAIN, Table(Family.NETDEV, ""), b""):
+            hook = dict(attributes(dict(attributes(body)).get(_CHAIN_HOOK, b"")))
+            several = (name for _, name in attributes(hook.get(_HOOK_DEVS, b"")))
+            found.update(map(_string, filter(None, (hook.get(_HOOK_DEV), *several))))
+        return frozenset(found)
 
     def counters(self, table: Table) -> dict[str, int]:
         """Packets that each named counter of a table has counted; empty when there is no table."""
