@@ -52,7 +52,13 @@ class Daemon:
         self._journal = journal = Journal(Path(settings.run_dir) / "journal.db", boot)
         self._thread = thread = NetlinkThread()
         self._guard = guard = SpoofGuard(thread)
-        self._fastpath = FastPathKeeper(thread, lambda: self._agent.plan, self._own_wires, wanted=settings.fast_path)
+        self._fastpath = FastPathKeeper(
+            thread,
+            lambda: self._agent.plan,
+            self._own_wires,
+            wanted=settings.fast_path,
+            after=settings.fast_path_after,
+        )
         self._wires = wires = Wires(thread, guard=guard, dying=self._fastpath.forget)
         self._podwatch = podwatch = PodWatch(settings.network_policy, settings.network_policy_timeout, self._blocks)
         self._attachments = attachments = Attachments(

@@ -4,7 +4,7 @@
     DEL          the pod leaves the map before its wire is killed                          2 µs an address
 
 It is no part of a pod's network, which is whole without it: nothing of it is on the path of an ADD, and what fails of
-it is said in the status and tried again. A pod is known once it is a second old, so that plugins that follow in the
+it is said in the status and tried again. A pod is known some seconds after its ADD, so that plugins that follow in the
 chain have done what they do (limits of theirs, say), and as long as nobody else looks at its port's packets.
 
 The programs stay with ports and VXLAN device when the daemon ends, and pass everything on when its lease has run out,

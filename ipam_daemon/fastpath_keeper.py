@@ -19,14 +19,13 @@ from ipam_daemon import fastpath
 from ipam_daemon.errors import CniError
 from ipam_daemon.fastpath import FastPath, Unsupported, read_conntrack
 from ipam_daemon.identity import boottime_ns
-from ipam_daemon.model import Attachment, AttachmentState
+from ipam_daemon.model import Attachment, AttachmentKey, AttachmentState
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.plan import NodePlan
 
 ROUND_S = 2.0
 """How often it is looked after."""
-AGE_S = 1.0
-"""How old a pod is before its packets take the fast way: plugins that follow in the chain have done what they do."""
+_LONG_AGO_S = 60.0  # the plugins of an ADD that began so long before this daemon are through
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +40,18 @@ class FastPathKeeper:
         wires: Callable[[], Iterable[Attachment]],
         *,
         wanted: bool,
+        after: float = 0.0,
     ) -> None:
-        """`plan` is what the kernel was last brought to, `wires` are the node's own that are not cut off."""
+        """`plan` is what the kernel was last brought to, `wires` are the node's own that are not cut off. A pod's
+        packets take the fast way `after` so many seconds, when plugins that follow in the chain have done what they do:
+        one that makes an ingress queue (the reference `bandwidth`) fails where there is a place for filters.
+        """
         self._thread = thread
         self._plan = plan
         self._wires = wires
         self._wanted = wanted
+        self._after = after
+        self._seen: dict[AttachmentKey, int] = {}  # attached since when, as far as this daemon knows
         self._path: FastPath | None = None
         self._obstacle = "the daemon has just started"
 
@@ -118,8 +123,11 @@ class FastPathKeeper:
             self._obstacle = ""
 
     def _old_enough(self) -> list[Attachment]:
-        latest = boottime_ns() - int(AGE_S * 1e9)
-        return [each for each in self._wires() if each.state is AttachmentState.ATTACHED and each.created_ns < latest]
+        now = boottime_ns()
+        wires = [each for each in self._wires() if each.state is AttachmentState.ATTACHED]
+        long_ago, latest = now - int(_LONG_AGO_S * 1e9), now - int(self._after * 1e9)
+        self._seen = {each.key: self._seen.get(each.key, 0 if each.created_ns < long_ago else now) for each in wires}
+        return [each for each in wires if self._seen[each.key] <= latest]
 
     def _say(self, why: str) -> None:
         if why != self._obstacle:

@@ -29,6 +29,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     non_masquerade_cidrs: tuple[Network, ...] = msgspec.field(default=(), name="nonMasqueradeCIDRs")
     mtu: int = 0
     fast_path: bool = True
+    fast_path_after: float = 5.0
     run_dir: str = "/run/podwire"
     state_dir: str = "/var/lib/podwire"
     network_policy: bool = False
@@ -89,6 +90,8 @@ def _first_wrong(settings: Settings) -> str:
         return f"blockIdle is {settings.block_idle}, expected seconds, 0 or more"
     if not settings.cooldown >= 0:  # NaN is neither
         return f"cooldown is {settings.cooldown}, expected seconds, 0 or more"
+    if not settings.fast_path_after >= 0:
+        return f"fastPathAfter is {settings.fast_path_after}, expected seconds, 0 or more"
     if not settings.network_policy_timeout > 0:
         return f"networkPolicyTimeout is {settings.network_policy_timeout}, expected seconds, more than 0"
     if not settings.reconcile_interval > 0:
