@@ -19,13 +19,13 @@ from pathlib import Path
 import msgspec
 
 from bench.contender import IFNAME
-from bench.podwire_node import daemon_on, etcd_on
+from bench.podwire_node import PodwireNode, daemon_on, etcd_on
 from bench.process import BenchFailed, run
 from bench.stage import Namespace, Stage
 
 SAME, ACROSS = "same node", "across nodes"
 _UNDERLAY_MTU, _VXLAN_OVERHEAD = 1500, 50
-_REACHED_WITHIN = 20.0  # seconds
+_REACHED_WITHIN, _KNOWN_WITHIN = 20.0, 60.0  # seconds
 _MASQUERADE = (
     "add table ip hand",
     "add chain ip hand leaving { type nat hook postrouting priority srcnat; }",
@@ -43,8 +43,8 @@ class Pods(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @contextlib.contextmanager
-def podwire_pods(stage: Stage, owner: str, name: str, backend: str) -> Iterator[Pods]:
-    """Two nodes with the real daemon."""
+def podwire_pods(stage: Stage, owner: str, name: str, backend: str, *, fast: bool = True) -> Iterator[Pods]:
+    """Two nodes with the real daemon; when it has a fast path, it knows the pods."""
     nodes = stage.segment(name)
     with contextlib.ExitStack() as stack:
         etcd = stack.enter_context(etcd_on(stage, nodes[0], f"{name}-1", "192.0.2.1"))
@@ -55,7 +55,7 @@ def podwire_pods(stage: Stage, owner: str, name: str, backend: str) -> Iterator[
                     node,
                     f"{name}-{number}",
                     etcd,
-                    {"nodeAddresses": [f"192.0.2.{number}"], "backend": {"type": backend}},
+                    {"nodeAddresses": [f"192.0.2.{number}"], "backend": {"type": backend}, "fastPath": fast},
                 )
             )
             for number, node in enumerate(nodes, 1)
@@ -72,6 +72,8 @@ def podwire_pods(stage: Stage, owner: str, name: str, backend: str) -> Iterator[
             },
         )
         _wait_reached(pods)
+        for node, known in ((one, 2), (two, 1)) if fast else ():
+            _wait_known(node, known)
         yield pods
 
 
@@ -149,6 +151,14 @@ def _check(node: Namespace, command: list[str]) -> None:
         done = run(command, {})
     if done.exit_code:
         raise BenchFailed(f"{' '.join(command)}: {done.stderr.decode(errors='replace').strip()}")
+
+
+def _wait_known(node: PodwireNode, pods: int) -> None:
+    deadline, wanted = time.monotonic() + _KNOWN_WITHIN, f"\npodwire_fast_path_pods {pods:.1f}\n"
+    while wanted not in node.get("/metrics")[1]:
+        if time.monotonic() > deadline:
+            raise BenchFailed(f"the fast path does not know {pods} pods after {_KNOWN_WITHIN:g} s")
+        time.sleep(0.2)
 
 
 def _wait_reached(pods: Pods) -> None:
