@@ -42,6 +42,9 @@ class Btf:
         magic, _, _, header, types, types_length, strings, strings_length = _HEADER.unpack_from(data)
         if magic != _MAGIC:
             raise BtfError(f"BTF begins with {magic:#x}, expected {_MAGIC:#x}")
+        whole = header + max(types + types_length, strings + strings_length)
+        if len(data) < whole:
+            raise BtfError(f"BTF has {len(data)} bytes, expected {whole}")
         self._data, self._base = data, base
         self._types, self._types_end = header + types, header + types + types_length
         self._strings, self._strings_end = header + strings, header + strings + strings_length
