@@ -20,8 +20,8 @@ forbids it) cuts it here, and a route that changes changes here. A packet takes 
 What conntrack does not see it does not count: an entry is renewed by a packet that goes the long way when 20 s are
 left of it, and the window of TCP is not known (nf_conntrack_tcp_be_liberal).
 
-The order within the program is the cheapest question first. A packet costs 0.1 to 0.2 µs of it, and a bridge with a
-firewall 0.6; one that has to go on has paid 0.03 to 0.1.
+The order within the program is the cheapest question first, since a packet that goes on has paid for those that it was
+asked. docs/performance.md has what they cost.
 
 Source: struct __sk_buff and the helpers in linux/bpf.h; bpf_skb_ct_lookup() in net/netfilter/nf_conntrack_bpf.c; enum
 ip_conntrack_status in linux/netfilter/nf_conntrack_common.h; TCP's states in nf_conntrack_tcp.h.
@@ -212,6 +212,7 @@ class _Part:
     def write(self) -> None:
         """Adds it to the program."""
         self._check_header()
+        self._check_pools()
         self._check_transport()
         self._copy_tuple()
         self._check_sender()
@@ -319,7 +320,6 @@ class _Part:
             return
         program.jump(found)
         program.label(elsewhere)
-        self._check_pools()
         self._check_bridge_mac()
         self._check_hops()
         program.set(R8, 0)
@@ -330,7 +330,7 @@ class _Part:
         self._program.jump_if(Test.AT_MOST, R1, 1, "on")
 
     def _check_pools(self) -> None:
-        """That the receiver is a pod, which spares a packet to a Service or the world the rest."""
+        """That the receiver is a pod of the cluster, which spares a packet to a Service or the world the rest."""
         program, inside = self._program, self._label("inside")
         for number, pool in enumerate(pool for pool in self._node.pools if pool.version == self._family.version):
             outside = self._label(f"outside{number}-")
