@@ -14,7 +14,8 @@ which are somebody else's, have ours for as long as the daemon lives, and where 
 backends `direct` and `auto`.
 
 Conntrack does not see what goes the fast way, and would take the end of such a connection for a stranger's packet:
-nf_conntrack_tcp_be_liberal is set while there is a fast path.
+nf_conntrack_tcp_be_liberal is set while there is a fast path, and, for a reset after more than 2 GB that it has not seen,
+nf_conntrack_tcp_ignore_invalid_rst.
 
 Every function here runs on the netlink thread, but for those that say otherwise.
 """
@@ -49,7 +50,7 @@ from ipam_daemon.fastpath_program import (
     render,
 )
 from ipam_daemon.model import Attachment
-from ipam_daemon.netlink import NetlinkThread, index_of, naming, tolerating, write_sysctl
+from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, tolerating, write_sysctl
 from ipam_daemon.onlookers import Onlookers, has_ipsec
 from ipam_daemon.plan import VXLAN, NodePlan
 from ipam_daemon.rtnl import get_link, is_port_of
@@ -66,6 +67,7 @@ _FILTERS = "it has filters of somebody else"
 _MONOTONIC_COARSE = 6  # linux/time.h
 _WAYS = {"pod": TO_POD, "node": TO_NODE, "from-node": FROM_NODE}
 _LIBERAL = "net/netfilter/nf_conntrack_tcp_be_liberal"
+_RESETS = "net/netfilter/nf_conntrack_tcp_ignore_invalid_rst"  # Linux 5.14
 _TUPLE = "nf_conntrack_tuple"
 _NAMES = frozenset(where.value for where in Where)
 
@@ -167,6 +169,8 @@ class FastPath:
         direct = self._direct(plan)
         self._ensure_programs(plan, direct)
         write_sysctl(_LIBERAL, "1")
+        if read_sysctl(_RESETS):
+            write_sysctl(_RESETS, "1")
         self._ensure_devices(onlookers, direct)
         done = self._ensure_ports(onlookers, plan, wires)
         until = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(LEASE_S * 1e9)
