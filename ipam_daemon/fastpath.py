@@ -14,8 +14,8 @@ which are somebody else's, have ours for as long as the daemon lives, and where 
 backends `direct` and `auto`.
 
 Conntrack does not see what goes the fast way, and would take the end of such a connection for a stranger's packet:
-nf_conntrack_tcp_be_liberal is set while there is a fast path, and, for a reset after more than 2 GB that it has not seen,
-nf_conntrack_tcp_ignore_invalid_rst.
+nf_conntrack_tcp_be_liberal is set while there is a fast path, and nf_conntrack_tcp_ignore_invalid_rst, for a reset
+after more than 2 GB that it has not seen.
 
 Every function here runs on the netlink thread, but for those that say otherwise.
 """
