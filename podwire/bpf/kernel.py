@@ -64,8 +64,9 @@ class Map:
 
     def remove(self, key: bytes) -> bool:
         """False when there is no such key. Raises OSError."""
+        with_key = _buffer(key)  # which lives until the call is over: its address alone would not keep it
         try:
-            _bpf(_MAP_DELETE, self._element(_buffer(key)))
+            _bpf(_MAP_DELETE, self._element(with_key))
         except FileNotFoundError:
             return False
         return True
