@@ -26,13 +26,13 @@ import errno
 import os
 import struct
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 import msgspec
 
 from ipam_daemon import tc_program
-from ipam_daemon.errors import PlumbingFailed
+from ipam_daemon.errors import CniError, PlumbingFailed
 from ipam_daemon.fastpath_program import (
     COUNT_BYTES,
     FROM_NODE,
@@ -53,7 +53,7 @@ from ipam_daemon.model import Attachment
 from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, tolerating, write_sysctl
 from ipam_daemon.onlookers import Onlookers, has_ipsec
 from ipam_daemon.plan import VXLAN, NodePlan
-from ipam_daemon.rtnl import get_link, is_port_of
+from ipam_daemon.rtnl import Message, get_link, is_port_of
 from podwire.bpf import kernel
 from podwire.bpf.btf import BtfError
 from podwire.errors import PodwireError
@@ -113,7 +113,8 @@ def read_conntrack() -> tuple[Conntrack, tuple[int, ...]]:
     except (BtfError, OSError) as error:
         for descriptor in modules:
             os.close(descriptor)
-        raise Unsupported(str(error)) from error
+        why = f"the kernel's BTF: {error.strerror}" if isinstance(error, OSError) else str(error)
+        raise Unsupported(why) from error
 
 
 def remove(thread: NetlinkThread) -> None:
@@ -125,27 +126,46 @@ def remove(thread: NetlinkThread) -> None:
     for index in onlookers.with_filters():
         found = onlookers.filters(index)
         if found & _NAMES:
-            step = tc_program.delete_program(index) if found - _NAMES else tc_program.delete_clsact(index)
             with naming(f"taking the fast path from link {index}"), tolerating(*_GONE):
-                thread.channel.exchange([step])
+                thread.channel.exchange([_removal(index, found)])
+
+
+def _removal(ifindex: int, found: frozenset[str]) -> Message:
+    """Takes our filter from a link that has these, and their place, where nobody else has one there."""
+    return tc_program.delete_program(ifindex) if found - _NAMES else tc_program.delete_clsact(ifindex)
+
+
+@contextmanager
+def _having(module: str) -> Iterator[None]:
+    """Says what it is that the kernel lacks, which it calls a missing file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP):
+            raise
+        raise PlumbingFailed(f"the kernel has no {module}, not as a module either") from error
 
 
 class FastPath:
     """The fast path of this node."""
 
     def __init__(self, thread: NetlinkThread, conntrack: Conntrack, modules: tuple[int, ...]) -> None:
-        """Takes over what `read_conntrack` has found. Raises OSError."""
+        """Takes over what `read_conntrack` has found, also when it raises PlumbingFailed."""
         self._thread = thread
         self._conntrack = conntrack
         self._modules = modules
-        entries = len(_WAYS)
-        self._pods = kernel.Map(
-            kernel.MapKind.HASH, key=KEY_BYTES, value=POD_BYTES, entries=_MOST_PODS, name="podwire_pods"
-        )
-        self._lease = kernel.Map(kernel.MapKind.ARRAY, key=4, value=LEASE_BYTES, entries=1, name="podwire_lease")
-        self._counts = kernel.Map(
-            kernel.MapKind.ARRAY_PER_CPU, key=4, value=COUNT_BYTES, entries=entries, name="podwire_ways"
-        )
+        array, per_cpu, ways = kernel.MapKind.ARRAY, kernel.MapKind.ARRAY_PER_CPU, len(_WAYS)
+        with naming("making eBPF maps"), ExitStack() as undoing:
+            for descriptor in modules:
+                undoing.callback(os.close, descriptor)
+            self._pods = kernel.Map(
+                kernel.MapKind.HASH, key=KEY_BYTES, value=POD_BYTES, entries=_MOST_PODS, name="podwire_pods"
+            )
+            undoing.callback(self._pods.close)
+            self._lease = kernel.Map(array, key=4, value=LEASE_BYTES, entries=1, name="podwire_lease")
+            undoing.callback(self._lease.close)
+            self._counts = kernel.Map(per_cpu, key=4, value=COUNT_BYTES, entries=ways, name="podwire_ways")
+            undoing.pop_all()
         self._node: Node | None = None  # what the programs are for
         self._programs: dict[Where, int] = {}
         self._ports: dict[str, _Port] = {}
@@ -248,28 +268,30 @@ class FastPath:
             return False
         with naming(f"fast path of {ifname}"):
             if not there:
-                channel.exchange([tc_program.add_clsact(ifindex)])
+                with _having("sch_ingress"):
+                    channel.exchange([tc_program.add_clsact(ifindex)])
             try:
-                channel.exchange([tc_program.set_program(ifindex, self._programs[where], where.value)])
-            except OSError:
+                with _having("cls_bpf"):
+                    channel.exchange([tc_program.set_program(ifindex, self._programs[where], where.value)])
+            except (OSError, CniError):
                 if not there:
                     channel.exchange([tc_program.delete_clsact(ifindex)])
                 raise
         self._attached[ifindex] = (where, self._node)
         return True
 
-    def _detach(self, ifindex: int, ifname: str) -> None:
+    def _detach(self, ifindex: int, ifname: str, onlookers: Onlookers) -> None:
         """The same no more, wherever the link has gone."""
         if self._attached.pop(ifindex, None) is not None:
             with naming(f"fast path of {ifname}"), tolerating(*_GONE):
-                self._thread.channel.exchange([tc_program.delete_program(ifindex)])
+                self._thread.channel.exchange([_removal(ifindex, onlookers.filters(ifindex))])
 
     # --- where they are
 
     def _ensure_devices(self, onlookers: Onlookers, direct: Iterable[str]) -> None:
         underlay, vxlan = (self._node.underlay, self._node.vxlan) if self._node else ((), 0)
         if not vxlan or self._is_watched(onlookers, vxlan, VXLAN, sends=False):
-            self._detach(index_of(VXLAN), VXLAN)
+            self._detach(index_of(VXLAN), VXLAN, onlookers)
         else:
             self._attach(vxlan, VXLAN, Where.ARRIVING, onlookers)
         wanted = {
@@ -286,8 +308,9 @@ class FastPath:
         for index in wanted.keys() - self._links.keys():
             try:
                 self._links[index] = kernel.attach_while_open(self._programs[Where.ARRIVING], index)
-            except OSError as error:  # before Linux 6.6
-                self.passed_over[wanted[index]] = f"what arrives takes the long way: {error.strerror}"
+            except OSError as error:
+                why = "TCX is of Linux 6.6" if error.errno == errno.EINVAL else error.strerror
+                self.passed_over[wanted[index]] = f"what arrives takes the long way: {why}"
 
     def _is_watched(self, onlookers: Onlookers, ifindex: int, ifname: str, *, sends: bool) -> bool:
         why = onlookers.of(ifindex, ifname, sends=sends)

@@ -1,7 +1,7 @@
 """The fast path, looked after: whether this node has one, and a round every two seconds while it does.
 
     off: fastPath is false      packets take the long way, which is whole
-    off: <what is missing>      the same: the kernel cannot
+    off: <what is missing>      the same: the kernel cannot; asked again now and then
     on: <how many> pods         rounds; one that fails is said and comes again, and without any for half a minute the
                                 programs pass everything on by themselves
 
@@ -25,6 +25,8 @@ from ipam_daemon.plan import NodePlan
 
 ROUND_S = 2.0
 """How often it is looked after."""
+AGAIN_S = 60.0
+"""How often a kernel that cannot is asked again: it costs 50 ms, and what lacked may have been a file descriptor."""
 _LONG_AGO_S = 60.0  # the plugins of an ADD that began so long before this daemon are through
 
 log = logging.getLogger(__name__)
@@ -86,12 +88,15 @@ class FastPathKeeper:
             log.warning("the fast path of the daemon before is still there, for %g s: %s", fastpath.LEASE_S, error)
 
     async def run_forever(self) -> None:
-        """Until cancelled; ends at once where there is no fast path."""
-        if not await self._open():
+        """Until cancelled; ends at once where none is wanted."""
+        if not self._wanted:
+            self._obstacle = "fastPath is false"
             return
         while True:
-            await self._round()
-            await asyncio.sleep(ROUND_S)
+            plan = self._plan()
+            if plan is not None:  # the firewall is there, and so is conntrack, which may be a module
+                await self._round(plan)
+            await asyncio.sleep(ROUND_S if plan is None or self._path is not None else AGAIN_S)
 
     async def close(self) -> None:
         """Ports and VXLAN device keep their programs."""
@@ -99,20 +104,16 @@ class FastPathKeeper:
         if path is not None:
             await self._thread.run(path.close)
 
-    async def _open(self) -> bool:
-        if not self._wanted:
-            self._obstacle = "fastPath is false"
-            return False
+    async def _open(self) -> FastPath | None:
         try:
             self._path = await self._thread.run(FastPath, self._thread, *await asyncio.to_thread(read_conntrack))
         except (Unsupported, CniError, OSError) as error:
             self._say(str(error))
-            return False
-        return True
+        return self._path
 
-    async def _round(self) -> None:
-        plan, path = self._plan(), self._path
-        if plan is None or path is None:
+    async def _round(self, plan: NodePlan) -> None:
+        path = self._path or await self._open()
+        if path is None:
             return
         try:
             while not await self._thread.run(path.ensure, plan, self._old_enough()):

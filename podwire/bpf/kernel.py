@@ -191,7 +191,7 @@ def _read_btf(name: str, base: Btf | None) -> Btf:
     try:
         return Btf((_BTF_FOLDER / name).read_bytes(), base)
     except OSError as error:
-        raise BtfError(f"{_BTF_FOLDER / name}: {error.strerror}") from error
+        raise BtfError(f"the kernel does not tell its types: {_BTF_FOLDER / name}: {error.strerror}") from error
 
 
 def _next_btf(number: int) -> int:
