@@ -23,7 +23,7 @@ from pathlib import Path
 from podwire.bpf.btf import Btf, BtfError
 
 _NUMBERS = {"x86_64": 321, "aarch64": 280}  # of bpf(2)
-_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROGRAM_LOAD, _PROGRAM_RUN = 0, 1, 2, 3, 5, 10
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROGRAM_LOAD = 0, 1, 2, 3, 5
 _INFO, _BTF_OF, _LINK_CREATE, _NEXT_BTF = 15, 19, 28, 23
 _SCHED_CLS, _TCX_INGRESS = 3, 46
 _ATTRIBUTES = 152  # bytes: as much of the union as is used here, the rest being 0
@@ -134,36 +134,6 @@ def attach_while_open(program: int, ifindex: int) -> int:
     """Runs a program for what an interface of this thread's namespace takes in, after all that others have attached, as
     long as the descriptor that is returned is open. Linux 6.6. Raises OSError."""
     return _bpf(_LINK_CREATE, struct.pack("=IIII", program, ifindex, _TCX_INGRESS, 0))
-
-
-def run(program: int, packet: bytes, ifindex: int) -> tuple[int, bytes]:
-    """What a program returns for a frame that the interface has taken in, and the frame after it. For tests: a redirect
-    is not carried out. Raises OSError."""
-    given, out = _buffer(packet), ctypes.create_string_buffer(len(packet) + 256)
-    context = bytearray(192)  # struct __sk_buff
-    struct.pack_into("=II", context, 36, ifindex, ifindex)
-    with_context = _buffer(bytes(context))
-    attributes = ctypes.create_string_buffer(
-        struct.pack(
-            "=IIIIQQIIIIQQ",
-            program,
-            0,
-            len(packet),
-            len(out),
-            _address(given),
-            _address(out),
-            1,
-            0,
-            len(context),
-            0,
-            _address(with_context),
-            0,
-        ),
-        _ATTRIBUTES,
-    )
-    _call(_PROGRAM_RUN, attributes)
-    returned, _, length = struct.unpack_from("=iII", attributes, 4)
-    return returned, out.raw[:length]
 
 
 def read_btf() -> Btf:
