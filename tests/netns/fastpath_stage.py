@@ -45,6 +45,7 @@ from tests.netns.frames import checksum, mac_bytes
 from tests.netns.node_fixtures import Netns
 
 FAST, ON = 7, -1
+HEADER = {4: 20, 6: 40}
 SYN, FIN, RST, PSH, ACK, URG, ECE, CWR = 0x02, 0x01, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80
 TCP, UDP = 6, 17
 MTU, UNDERLAY_MTU = 1400, 1450
@@ -339,3 +340,18 @@ def flow(way: str, version: int, protocol: int = TCP) -> Flow:
         target_mac=target_mac,
         protocol=protocol,
     )
+
+
+def expected(it: Flow, before: bytes) -> bytes:
+    """The frame after it took the fast way."""
+    if it.target == at(it.version, *B):
+        return before
+    macs = before[:12]
+    if it.where is Where.ARRIVING:
+        macs = mac_bytes(A_MAC) + mac_bytes(BRIDGE_MAC)
+    elif it.target != at(it.version, *NEAR):  # on the underlay the kernel finds them later
+        macs = mac_bytes(THEIR_VTEP_MAC) + mac_bytes(VXLAN_MAC)
+    if it.version == 6:
+        return macs + before[12:21] + bytes([before[21] - 1]) + before[22:]
+    header = before[14:22] + bytes([before[22] - 1]) + before[23:34]
+    return macs + before[12:14] + with_checksum(header) + before[34:]
