@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ from podwire import netns
 from podwire.bpf import kernel
 from podwire.lab import cluster, node
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import CONFIG, Container, add, know_each_other, on_node, status, wait
+from tests.netns.containers import CONFIG, Answer, Container, know_each_other, on_node, status, wait
 from tests.netns.lab_fixtures import fresh_name
 
 DUAL = "10.244.0.0/16,fd00:10:244::/56"
@@ -197,13 +198,14 @@ class Busy(_Work):
         wanted = len(self.answered) + more
         wait(lambda: len(self.answered) >= wanted, f"messages to be answered ({self.errors[-3:]})")
 
-    def lost(self) -> list[int]:
-        """Which were not answered, of those that were sent until now; what is on its way may arrive."""
+    def lost(self, since: int = 1) -> list[int]:
+        """Which were not answered, of those that were sent from the moment until now; what is on its way may arrive."""
         with self.resting():
+            wanted = set(range(since, self.sent + 1))
             deadline = time.monotonic() + _LAST
-            while len(self.answered) < self.sent and time.monotonic() < deadline:
+            while not wanted <= self.answered and time.monotonic() < deadline:
                 time.sleep(0.01)
-            return sorted(set(range(1, self.sent + 1)) - self.answered)
+            return sorted(wanted - self.answered)
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
@@ -323,14 +325,20 @@ def quick_lab(proxy: str = "none") -> Iterator[LabState]:
 class Pod:
     """A container that has been added. Names and addresses are those of its last ADD."""
 
-    def __init__(self, box: Container, **config: object) -> None:
+    def __init__(self, box: Container, config: dict[str, Any] | None = None) -> None:
         self.box, self.node, self.netns = box, box.node, box.netns
-        self.add(**config)
+        self.add(config)
 
-    def add(self, **config: object) -> None:
-        """Its ADD, which may be its second."""
-        said = add(self.box, CONFIG | config)
-        assert said.code == 0, said.body
+    def add(self, config: dict[str, Any] | None = None) -> None:
+        """Its ADD, which may be its second, tried until it works."""
+        answers: list[Answer] = []
+
+        def works() -> bool:
+            answers.append(self.box.call("ADD", CONFIG | (config or {})))
+            return answers[-1].code == 0
+
+        wait(works, "an ADD to work")
+        said = answers[-1]
         self.at = {6 if ":" in each["address"] else 4: each["address"].split("/")[0] for each in said.body["ips"]}
         self.gateway = {6 if ":" in each["gateway"] else 4: each["gateway"] for each in said.body["ips"]}
         interfaces = {bool(each.get("sandbox")): each for each in said.body["interfaces"]}
