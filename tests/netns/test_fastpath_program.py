@@ -123,8 +123,8 @@ def with_extension(kind: int) -> Callable[[Flow], Flow]:
 
 
 def with_option(frame: bytes) -> bytes:
-    """Four no-operations after the IPv4 header."""
-    return frame[:14] + with_checksum(b"\x46" + frame[15:34] + b"\1\1\1\1") + frame[34:]
+    """An option of four bytes after the IPv4 header, which are the ports once more: where they would be without it."""
+    return frame[:14] + with_checksum(b"\x46" + frame[15:34] + frame[34:38]) + frame[34:]
 
 
 def long(more: int) -> Callable[[Flow], Flow]:
