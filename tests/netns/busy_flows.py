@@ -382,11 +382,11 @@ def share(flow: Busy, counter: Callable[[], int], others: Sequence[Busy] = ()) -
         return (last - before) / (now - first) / 2
 
 
-def until_fast(lab: LabState, *flows: Busy, at: Sequence[str] = ("node1",)) -> None:
-    """Returns when each of the connections is fast at each of the nodes, both ways."""
+def until_fast(lab: LabState, *flows: Busy, at: Sequence[str] = ("node1",), others: Sequence[Busy] = ()) -> None:
+    """Returns when each of the connections is fast at each of the nodes, both ways. `others` rest meanwhile."""
 
     def is_fast(flow: Busy, name: str) -> bool:
-        return share(flow, lambda: taken(lab, name), [each for each in flows if each is not flow]) > 0.9
+        return share(flow, lambda: taken(lab, name), [each for each in (*flows, *others) if each is not flow]) > 0.9
 
     for name in at:
         for flow in flows:
