@@ -72,7 +72,8 @@ _TUPLE, _SENDER, _RECEIVER, _OPTIONS, _STATE, _LEFT, _WAY, _NEIGHBOUR, _MACS, _W
     -48, -64, -80, -96, -100, -104, -168, -192, -208, -216,
 )  # fmt: skip
 _WAY_BYTES, _NEIGHBOUR_BYTES = 64, 20  # struct bpf_fib_lookup, struct bpf_redir_neigh
-_WAY_PROTOCOL, _WAY_MTU, _WAY_IFINDEX, _WAY_SOURCE, _WAY_DESTINATION = 1, 6, 8, 16, 32
+_WAY_PROTOCOL, _WAY_PORTS, _WAY_LENGTH, _WAY_IFINDEX, _WAY_CLASS = 1, 2, 6, 8, 12
+_WAY_SOURCE, _WAY_DESTINATION = 16, 32
 _WAY_SOURCE_MAC, _WAY_DESTINATION_MAC = 52, 58
 
 
@@ -450,6 +451,12 @@ class _Part:
             for word in range(0, self._family.length, 4):
                 program.load(W, R1, R10, at + word)
                 program.store(W, R10, _WAY + place + word, R1)
+        for half in (0, 2):
+            program.load(H, R1, R10, _TUPLE + 2 * self._family.length + half)
+            program.store(H, R10, _WAY + _WAY_PORTS + half, R1)
+        self._load_frame()
+        self._tell_class()
+        self._tell_length()
         program.copy(R1, R6)
         program.frame(R2, _WAY)
         program.set(R3, _WAY_BYTES)
@@ -464,7 +471,6 @@ class _Part:
             program.jump_if(Test.EQUAL, R8, ifindex, leaving)
         program.jump("on")
         program.label(leaving)
-        self._check_fits()
         self._take_a_hop()
         self._count(TO_NODE)
         program.jump_if(Test.EQUAL, R8, self._node.vxlan, tunnel)
@@ -500,11 +506,20 @@ class _Part:
         program.call(_REDIRECT_NEIGH)
         program.exit()
 
-    def _check_fits(self) -> None:
-        """The packet, or each that the device is going to make of it, is no larger than the MTU of the way."""
-        program, fits, udp, whole = self._program, *map(self._label, ("fits", "datagrams", "whole"))
-        self._load_frame()
-        program.load(H, R4, R10, _WAY + _WAY_MTU)
+    def _tell_class(self) -> None:
+        """What rules about routes may ask for: the type of service, or of IPv6 the class and the flow."""
+        program = self._program
+        if self._family.version == 4:
+            program.load(B, R1, R7, 15)
+            program.store(B, R10, _WAY + _WAY_CLASS, R1)
+        else:
+            program.load(W, R1, R7, 14)
+            program.compute(Sum.AND, R1, 0xFFFFFF0F)
+            program.store(W, R10, _WAY + _WAY_CLASS, R1)
+
+    def _tell_length(self) -> None:
+        """Of the packet, or of each that the device is going to make of it: the routing table says whether it fits."""
+        program, told, udp, whole = self._program, *map(self._label, ("told", "datagrams", "whole"))
         program.load(W, R3, R6, _GSO_SIZE)
         program.jump_if(Test.EQUAL, R3, 0, whole)
         program.compute(Sum.ADD, R3, self._family.transport - 14 + 8)
@@ -516,12 +531,12 @@ class _Part:
         program.compute_with(Sum.ADD, R3, R1)
         program.compute(Sum.SUBTRACT, R3, 8)
         program.label(udp)
-        program.jump(fits)
+        program.jump(told)
         program.label(whole)
         program.load(W, R3, R6, _LEN)
         program.compute(Sum.SUBTRACT, R3, 14)
-        program.label(fits)
-        program.jump_if_with(Test.GREATER, R3, R4, "on")
+        program.label(told)
+        program.store(H, R10, _WAY + _WAY_LENGTH, R3)
 
     def _take_a_hop(self) -> None:
         """As ip_decrease_ttl() does it. The frame may have moved after this: r7 is no more."""

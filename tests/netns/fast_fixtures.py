@@ -1,0 +1,369 @@
+"""Connections on the fast path: both ends in the test's own hands, what took which way, and what the kernel has.
+
+A socket belongs to the namespace that it was opened in, so each end is opened in its pod and used from outside, with no
+process in between. A connection is fast when what it sends is counted, packet for packet, on every node that it passes:
+until then a test about the fast path would be one about the long way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import http.client
+import os
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Self, TypeVar
+from uuid import uuid4
+
+import pytest
+
+from ipam_daemon.fastpath_program import Where
+from podwire import netns
+from podwire.bpf import kernel
+from podwire.lab import cluster, node
+from podwire.lab.state import LabState, plan_nodes
+from tests.netns.containers import Container, containers, know_each_other, nothing_is_held, on_node, status, wait
+
+DUAL = "10.244.0.0/16,fd00:10:244::/56"
+PATIENCE = 60.0  # seconds of a socket's
+_PROG_QUERY, _FD_BY_ID, _INFO, _TCX_INGRESS = 16, 13, 15, 46  # linux/bpf.h
+_COUNTER = re.compile(r'^podwire_fast_path_packets(?:_total)?\{way="([a-z-]+)"\} (\S+)$', re.MULTILINE)
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def small_lab(pod_cidr: str = DUAL, nodes: int = 2) -> Iterator[LabState]:
+    """A lab of so many nodes that know each other."""
+    state = LabState(name=f"fast-{uuid4().hex[:6]}", nodes=plan_nodes(nodes, pod_cidr), pod_cidr=pod_cidr)
+    try:
+        yield know_each_other(cluster.up(state))
+    finally:
+        cluster.down(state.name)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[LabState]:
+    """Two nodes, dual stack, VXLAN over IPv4."""
+    with small_lab() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def trio(lab: LabState) -> Iterator[list[Pod]]:
+    """Pods that live as long as the lab: two on its first node, one on the second."""
+    with pods(lab, "node1", "node1", "node2") as made:
+        yield made
+
+
+class Pod:
+    """A container with a network, and its addresses by family."""
+
+    def __init__(self, box: Container) -> None:
+        self.box, self.lab, self.node = box, box.lab, box.node
+        self.result = box.call("ADD").body
+        found = [each["address"].split("/")[0] for each in self.result["ips"]]
+        self.addresses = {6 if ":" in each else 4: each for each in found}
+        self.port = next(each["name"] for each in self.result["interfaces"] if "sandbox" not in each)
+
+    def socket(self, family: int, kind: socket.SocketKind) -> socket.socket:
+        """One of its own, that waits for long but not for ever."""
+        made = inside(self.box.netns, lambda: socket.socket(_AF[family], kind))
+        made.settimeout(PATIENCE)
+        return made
+
+
+_AF = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+
+def inside(path: str | Path, make: Callable[[], T]) -> T:
+    """What is made in a network namespace."""
+    descriptor = netns.open_netns(str(path))
+    try:
+        with netns.inside(descriptor):
+            return make()
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def pods(lab: LabState, *nodes: str) -> Iterator[list[Pod]]:
+    """A pod on each of the nodes, in this order; deleted and gone afterwards."""
+    with contextlib.ExitStack() as stack:
+        made: list[Pod] = []
+        for number, name in enumerate(nodes):
+            (box,) = stack.enter_context(containers(lab, name, f"fast{number}-", 1))
+            stack.callback(box.call, "DEL")
+            made.append(Pod(box))
+        yield made
+    for name in set(nodes):
+        wait(partial(nothing_is_held, lab, name), f"{name} to be empty")
+
+
+# --- connections --------------------------------------------------------------------------------------------------
+
+
+class Flow:
+    """A connection between two pods, `client` being the end of the one that began it."""
+
+    def __init__(self, here: Pod, there: Pod, family: int) -> None:
+        self.here, self.there, self.family = here, there, family
+        self.client: socket.socket
+        self.server: socket.socket
+        self.source_port: int
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self.server.close()
+
+    def exchange(self, times: int = 1) -> None:
+        """Something small there, and something back, so many times."""
+        raise NotImplementedError
+
+    def carry(self, *sizes: int) -> None:
+        """So many bytes in each direction, as they were sent. Raises AssertionError."""
+        raise NotImplementedError
+
+    def ways(self) -> list[tuple[str, str]]:
+        """Where its packets are counted when it is fast: a node, and a way."""
+        one, other = self.here.node, self.there.node
+        if one == other:
+            return [(one, "pod")]
+        return [(at, way) for at in (one, other) for way in ("node", "from-node")]
+
+    def taken(self, work: Callable[[], None]) -> dict[tuple[str, str], int]:
+        """How many packets took the fast ways while something was done."""
+        lab, nodes = self.here.lab, {self.here.node, self.there.node}
+        before = {(at, way): n for at in nodes for way, n in counts(lab, at).items()}
+        work()
+        after = {(at, way): n for at in nodes for way, n in counts(lab, at).items()}
+        return {place: after[place] - before[place] for place in after}
+
+    def is_fast(self) -> bool:
+        """Whether what it exchanges is counted everywhere on its way, both ways."""
+        taken = self.taken(partial(self.exchange, 10))
+        return all(taken[place] >= 10 for place in self.ways())
+
+    def is_slow(self) -> bool:
+        """Whether nothing at all is counted."""
+        return not any(self.taken(partial(self.exchange, 10)).values())
+
+    def until_fast(self) -> None:
+        """Returns when it is fast."""
+        said = [f"{name}: {status(self.here.lab, name).fast_path}" for name in {self.here.node, self.there.node}]
+        wait(self.is_fast, f"the fast path of {self.here.box.name} to {self.there.box.name} ({'; '.join(said)})")
+
+    def until_slow(self) -> None:
+        """Returns when none of its packets is fast."""
+        wait(self.is_slow, f"{self.here.box.name} to {self.there.box.name} to take the long way")
+
+
+class Tcp(Flow):
+    """Of TCP."""
+
+    def __init__(self, here: Pod, there: Pod, family: int = 4) -> None:
+        super().__init__(here, there, family)
+        with there.socket(family, socket.SOCK_STREAM) as listening:
+            listening.bind((there.addresses[family], 0))
+            listening.listen(1)
+            self.client = here.socket(family, socket.SOCK_STREAM)
+            self.client.connect(listening.getsockname()[:2])
+            self.server, source = listening.accept()
+            self.source_port = source[1]
+        for end in (self.client, self.server):
+            end.settimeout(PATIENCE)
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def exchange(self, times: int = 1) -> None:
+        for _ in range(times):
+            for one, other in ((self.client, self.server), (self.server, self.client)):
+                one.sendall(b"?")
+                assert other.recv(16) == b"?"
+
+    def carry(self, *sizes: int) -> None:
+        for size in sizes:
+            self.send(self.client, self.server, size)
+            self.send(self.server, self.client, size)
+
+    def send(self, source: socket.socket, target: socket.socket, size: int) -> None:
+        """So many bytes from one end to the other, whole and in order."""
+        piece = os.urandom(1 << 20)
+        sent, got, left = hashlib.sha256(), hashlib.sha256(), [size]
+
+        def receive() -> None:
+            while left[0] and (data := target.recv(min(left[0], 1 << 20))):
+                got.update(data)
+                left[0] -= len(data)
+
+        reader = threading.Thread(target=receive)
+        reader.start()
+        for at in range(0, size, len(piece)):
+            part = piece[: size - at]
+            source.sendall(part)
+            sent.update(part)
+        reader.join(2 * PATIENCE)
+        assert (left[0], got.hexdigest()) == (0, sent.hexdigest())
+
+
+class Udp(Flow):
+    """Of UDP, answered once."""
+
+    def __init__(self, here: Pod, there: Pod, family: int = 4) -> None:
+        super().__init__(here, there, family)
+        self.server = there.socket(family, socket.SOCK_DGRAM)
+        self.server.bind((there.addresses[family], 0))
+        self.client = here.socket(family, socket.SOCK_DGRAM)
+        self.client.connect(self.server.getsockname()[:2])
+        self.client.send(b"?")
+        _, source = self.server.recvfrom(16)
+        self.server.connect(source)
+        self.source_port = source[1]
+        self.exchange()
+
+    def exchange(self, times: int = 1) -> None:
+        self.carry(*[1] * times)
+
+    def carry(self, *sizes: int) -> None:
+        for size in sizes:
+            for one, other in ((self.client, self.server), (self.server, self.client)):
+                said = os.urandom(size)
+                one.send(said)
+                assert other.recv(1 << 16) == said, f"{size} bytes"
+
+
+class Datagrams:
+    """Numbered datagrams on a flow, 200 a second and echoed, until it is asked how many were lost."""
+
+    def __init__(self, flow: Udp) -> None:
+        self._flow = flow
+        self._last, self._end = threading.Event(), threading.Event()
+        self._sent, self._heard = 0, set[bytes]()
+        self._threads = [threading.Thread(target=each) for each in (self._echo, self._hear, self._send)]
+
+    def __enter__(self) -> Datagrams:
+        for end in (self._flow.client, self._flow.server):
+            end.settimeout(0.2)
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._last.set()
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+        for end in (self._flow.client, self._flow.server):
+            end.settimeout(PATIENCE)
+
+    def lost(self) -> int:
+        """Sends no more, and waits for what is on its way. How many were not echoed."""
+        self._last.set()
+        self._threads[2].join()
+        until = time.monotonic() + PATIENCE / 6
+        while len(self._heard) < self._sent and time.monotonic() < until:
+            time.sleep(0.01)
+        return self._sent - len(self._heard)
+
+    def _send(self) -> None:
+        while not self._last.wait(0.005):
+            with contextlib.suppress(OSError):  # it was sent, and is lost
+                self._flow.client.send(struct.pack("!I", self._sent))
+            self._sent += 1
+
+    def _echo(self) -> None:
+        while not self._end.is_set():
+            with contextlib.suppress(OSError):
+                self._flow.server.send(self._flow.server.recv(16))
+
+    def _hear(self) -> None:
+        while not self._end.is_set():
+            with contextlib.suppress(OSError):
+                self._heard.add(self._flow.client.recv(16))
+
+
+# --- what there is on a node --------------------------------------------------------------------------------------
+
+
+def counts(lab: LabState, name: str) -> dict[str, int]:
+    """Packets that took the fast ways of a node, by way, as its metrics say."""
+    family = 6 if ":" in lab.node(name).addresses[0] else 4
+    line = http.client.HTTPConnection("node", node.METRICS_PORT)
+    line.sock = inside(lab.netns(name), lambda: socket.socket(_AF[family]))
+    with contextlib.closing(line):
+        line.sock.settimeout(PATIENCE)
+        line.sock.connect(("::1" if family == 6 else "127.0.0.1", node.METRICS_PORT))
+        line.request("GET", "/metrics")
+        text = line.getresponse().read().decode()
+    found = {way: int(float(number)) for way, number in _COUNTER.findall(text)}
+    return dict.fromkeys(("pod", "node", "from-node"), 0) | found  # a daemon that has just begun has none
+
+
+def links_of_ours(lab: LabState, name: str, device: str) -> list[str]:
+    """The names of the programs that an interface runs by way of TCX for what it takes in."""
+
+    def ask() -> list[str]:
+        programs = (ctypes.c_uint32 * 16)()
+        asked = struct.pack(
+            "=IIIIQI", socket.if_nametoindex(device), _TCX_INGRESS, 0, 0, ctypes.addressof(programs), len(programs)
+        )
+        attributes = ctypes.create_string_buffer(asked, kernel._ATTRIBUTES)
+        kernel._call(_PROG_QUERY, attributes)
+        (count,) = struct.unpack_from("=I", attributes, 24)
+        return [_program_name(number) for number in programs[:count]]
+
+    return inside(lab.netns(name), ask)
+
+
+def _program_name(number: int) -> str:
+    program = kernel._bpf(_FD_BY_ID, struct.pack("=I", number))
+    try:
+        info = ctypes.create_string_buffer(256)
+        kernel._bpf(_INFO, struct.pack("=IIQ", program, len(info), ctypes.addressof(info)))
+        return info.raw[64:80].rstrip(b"\0").decode()  # struct bpf_prog_info
+    finally:
+        os.close(program)
+
+
+def filters(lab: LabState, name: str, device: str) -> str:
+    """tc's filters of an interface, both ways, as `tc` shows them."""
+    shown = (on_node(lab, name, "tc", "filter", "show", "dev", device, way).stdout for way in ("ingress", "egress"))
+    return "".join(shown)
+
+
+def has_program(lab: LabState, name: str, device: str, where: Where) -> bool:
+    """Whether an interface runs our program by way of tc."""
+    return f"{where.value} direct-action" in filters(lab, name, device)
+
+
+def tracked(lab: LabState, name: str, flow: Flow) -> list[tuple[int, str]]:
+    """conntrack's entries of a flow on a node: the seconds that are left, and the state; "" for UDP."""
+    kind = "tcp" if isinstance(flow, Tcp) else "udp"
+    family = "ipv6" if flow.family == 6 else "ipv4"
+    source = flow.here.addresses[flow.family]
+    words = ["conntrack", "-L", "-f", family, "-p", kind, "-s", source, "--orig-port-src", str(flow.source_port)]
+    lines = [line.split() for line in on_node(lab, name, *words).stdout.splitlines()]
+    return [(int(each[2]), each[3] if kind == "tcp" else "") for each in lines]
+
+
+def sysctl(lab: LabState, name: str, key: str, value: str = "") -> str:
+    """Reads a setting of a node's namespace, or sets it."""
+    done = on_node(lab, name, "sysctl", "-n", *([f"{key}={value}"] if value else [key]))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def succeed(lab: LabState, name: str, command: str) -> str:
+    """Runs a shell command on a node."""
+    done = on_node(lab, name, "sh", "-c", command)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
