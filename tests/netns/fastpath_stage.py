@@ -48,7 +48,7 @@ FAST, ON = 7, -1
 HEADER = {4: 20, 6: 40}
 SYN, FIN, RST, PSH, ACK, URG, ECE, CWR = 0x02, 0x01, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80
 TCP, UDP = 6, 17
-MTU, UNDERLAY_MTU = 1400, 1450
+MTU, UNDERLAY_MTU, NARROW_MTU = 1400, 1450, 1300
 A_MAC, B_MAC, BRIDGE_MAC, VXLAN_MAC, THEIR_VTEP_MAC, UNDER_MAC, THEIR_MAC = (
     f"0a:58:0a:f4:{last}" for last in ("01:03", "01:04", "01:01", "01:02", "02:02", "99:01", "99:02")
 )
@@ -62,7 +62,7 @@ def at(version: int, network: int, host: int) -> str:
     return f"10.244.{network}.{host}" if version == 4 else f"fd00:1:0:{network}::{host}"
 
 
-A, B, FAR, NEAR, ASIDE, NOBODY = (1, 3), (1, 4), (2, 9), (3, 9), (4, 9), (1, 77)
+A, B, FAR, NEAR, ASIDE, NARROW, NOBODY = (1, 3), (1, 4), (2, 9), (3, 9), (4, 9), (10, 9), (1, 77)
 POOLS = tuple(ipaddress.ip_network(each) for each in ("10.244.0.0/16", "10.250.8.0/22", "fd00:1::/48", "fd00:2:8::/45"))
 ELSEWHERE = {4: "10.250.9.9", 6: "fd00:2:9::9"}
 """A pod of another node in the second pool."""
@@ -285,12 +285,15 @@ route add unreachable fd00:1:0:5::/64
 route add 10.244.6.0/24 via 10.244.6.2 dev pw-vxlan onlink
 route add fd00:1:0:6::/64 via fd00:1:0:6::2 dev pw-vxlan onlink
 route add 10.244.7.0/24 via inet6 2001:db8::2 dev under0
+route add 10.244.10.0/24 via 10.244.2.2 dev pw-vxlan onlink mtu lock {NARROW_MTU}
+route add fd00:1:0:10::/64 via fd00:1:0:2::2 dev pw-vxlan onlink mtu lock {NARROW_MTU}
 route add {OUTSIDE[4]}/32 via 10.244.2.2 dev pw-vxlan onlink
 route add {OUTSIDE[6]}/128 via fd00:1:0:2::2 dev pw-vxlan onlink
 route add {ELSEWHERE[4]}/32 via 10.244.2.2 dev pw-vxlan onlink
 route add {ELSEWHERE[6]}/128 via fd00:1:0:2::2 dev pw-vxlan onlink
 """
-"""Networks 5, 6 and 7 are unreachable, behind a VTEP that nobody knows, and by way of a router of the other family."""
+"""Networks 5, 6 and 7 are unreachable, behind a VTEP that nobody knows, and by way of a router of the other family; the
+route to 10 has an MTU of its own."""
 
 
 @contextmanager

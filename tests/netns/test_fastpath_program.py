@@ -37,6 +37,8 @@ from tests.netns.fastpath_stage import (
     HEADER,
     HELPER,
     MTU,
+    NARROW,
+    NARROW_MTU,
     NEAR,
     NOBODY,
     ON,
@@ -127,34 +129,39 @@ def with_option(frame: bytes) -> bytes:
     return frame[:14] + with_checksum(b"\x46" + frame[15:34] + frame[34:38]) + frame[34:]
 
 
+def mtu_of(it: Flow) -> int:
+    mtus = {NEAR: UNDERLAY_MTU, NARROW: NARROW_MTU}
+    return next((mtu for place, mtu in mtus.items() if it.target == at(it.version, *place)), MTU)
+
+
 def long(more: int) -> Callable[[Flow], Flow]:
     """A packet of the MTU of its way and so many bytes more."""
-
-    def change(it: Flow) -> Flow:
-        mtu = UNDERLAY_MTU if it.target == at(it.version, *NEAR) else MTU
-        return it.but(payload=mtu - HEADER[it.version] - SEGMENT[it.protocol] + more)
-
-    return change
+    return lambda it: it.but(payload=mtu_of(it) - HEADER[it.version] - SEGMENT[it.protocol] + more)
 
 
 def several(more: int, options: int = 0) -> Callable[[Flow], Flow]:
     """One that stands for several, each of the MTU and so many bytes more; `options` are bytes of TCP's."""
 
     def change(it: Flow) -> Flow:
-        mtu = UNDERLAY_MTU if it.target == at(it.version, *NEAR) else MTU
-        size = mtu - HEADER[it.version] - SEGMENT[it.protocol] - options + more
+        size = mtu_of(it) - HEADER[it.version] - SEGMENT[it.protocol] - options + more
         made = it.but(payload=2 * size, gso_size=size)
         return put(14 + HEADER[it.version] + 12, (20 + options) // 4 << 4)(made) if options else made
 
     return change
 
 
+def narrow(change: Callable[[Flow], Flow]) -> Callable[[Flow], Flow]:
+    """By a route with an MTU of its own, smaller than the device's."""
+    return lambda it: change(to(*NARROW)(it))
+
+
 def asked_otherwise(word: int) -> Callable[[Flow], Flow]:
-    """The connection was begun to an address that differs in one word from the one that answers, as IPVS leaves it."""
+    """The connection was begun to an address that differs in one word from the one that answers, as IPVS leaves it; by
+    two, which is a bit of the status, too."""
 
     def change(it: Flow) -> Flow:
         packed = bytearray(ipaddress.ip_address(it.source).packed)
-        packed[4 * word + 3] ^= 0x40
+        packed[4 * word] += 2
         return it.but(answers=True, asked=str(ipaddress.ip_address(bytes(packed))))
 
     return change
@@ -174,10 +181,12 @@ FAST_CASES = {
     "as large as the way takes": Case(long(0), ways=TO_OTHERS),
     "several as large as the way takes": Case(several(0), ways=TO_OTHERS),
     "several, and TCP has options": Case(several(0, options=12), ways=TO_OTHERS, protocols=(TCP,)),
+    "as large as a narrow route takes": Case(narrow(long(0)), ways=(TO_NODE,)),
+    "several as large as a narrow route takes": Case(narrow(several(0)), ways=(TO_NODE,)),
     "larger, to a pod on the same bridge": Case(but(payload=2000), ways=(BESIDE,)),
     "the second of the pools": Case(lambda it: it.but(target=ELSEWHERE[it.version]), ways=(TO_NODE,)),
     "UDP that is not assured": Case(but(status="SEEN_REPLY"), protocols=(UDP,)),
-    "half a minute left": Case(but(seconds=60)),
+    "two minutes left": Case(but(seconds=120)),
 }
 ON_CASES = {
     # TCP that begins and ends
@@ -260,6 +269,8 @@ ON_CASES = {
     "one byte too large": Case(long(1), ways=TO_OTHERS),
     "as much too large as a VLAN tag": Case(long(4), ways=TO_OTHERS),
     "much too large": Case(long(500), ways=TO_OTHERS),
+    "too large for a narrow route": Case(narrow(long(1)), ways=(TO_NODE,)),
+    "several, each too large for a narrow route": Case(narrow(several(1)), ways=(TO_NODE,)),
     "several, each one byte too large": Case(several(1), ways=TO_OTHERS),
     "several, too large with TCP's options": Case(several(1, options=12), ways=TO_OTHERS, protocols=(TCP,)),
 }
@@ -304,7 +315,7 @@ def test_what_is_cut_off_goes_on(stage: Stage) -> None:
 
 def test_without_a_daemon_everything_goes_on(stage: Stage) -> None:
     given = [(it, stage.begin(it)) for it in every_flow()]
-    for seconds, says in ((-1, ON), (60, FAST), (-3600, ON), (3600, FAST)):
+    for seconds, says in ((-1, ON), (600, FAST), (-3600, ON), (3600, FAST)):
         stage.live(seconds)
         assert {stage.say(it, frame)[0] for it, frame in given} == {says}, seconds
 
@@ -327,6 +338,22 @@ def test_a_route_that_is_gone_is_no_way_at_once(stage: Stage, version: int) -> N
         assert stage.say(it, frame)[0] == ON
     finally:
         stage.netns.ip("route", "add", *route)
+    assert stage.say(it, frame)[0] == FAST
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("asks", ["tos 0x10", "sport {}", "dport {}", "ipproto udp", "iif pw0", "from {} to {}"])
+def test_a_rule_about_routes_holds(stage: Stage, version: int, asks: str) -> None:
+    it = flow(TO_NODE, version, UDP).but(class_=0x10)
+    frame = stage.begin(it)
+    ports = struct.unpack_from("!HH", frame, 14 + HEADER[version])
+    words = {"sport {}": ports[:1], "dport {}": ports[1:], "from {} to {}": (it.source, it.target)}
+    rule = (f"-{version}", "rule", "{}", *asks.format(*words.get(asks, ())).split(), "unreachable")
+    stage.netns.ip(*(word.format("add") for word in rule))
+    try:
+        assert stage.say(it, frame)[0] == ON
+    finally:
+        stage.netns.ip(*(word.format("del") for word in rule))
     assert stage.say(it, frame)[0] == FAST
 
 
