@@ -13,7 +13,7 @@ forbids it) cuts it here, and a route that changes changes here. A packet takes 
     the daemon lives               it renews a lease, after which the programs pass everything on
     TCP or UDP, whole              no option, fragment, extension header, VLAN tag; of TCP no SYN, FIN or RST
     its sender is who it says      port, MAC and address are those of one pod (FROM_POD)
-    conntrack knows it             answered, assured where it is TCP and established; not translated by anybody, IPVS
+    conntrack knows it             answered, and established where it is TCP; not translated by anybody, IPVS
                                    included, no helper, no other end in sight for 20 s
     it fits                        no larger than what it leaves by takes, its hop limit above 1
 
