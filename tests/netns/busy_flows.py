@@ -43,6 +43,7 @@ TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
 _MESSAGE = struct.Struct("!4sIQ")
 _MAGIC = b"PWFP"
 _PAUSE = 0.002  # seconds between two messages
+_RCVBUFFORCE, _ROOM = 33, 1 << 22  # for seconds in which this process does not get to run
 _PATIENCE = 90.0
 _LAST = 10.0  # seconds in which an answer may come that is on its way
 _numbers = itertools.count(1)
@@ -106,6 +107,7 @@ class Echo(_Work):
         made = inside(path, lambda: socket.socket(socket.AF_INET6, kind))
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        made.setsockopt(socket.SOL_SOCKET, _RCVBUFFORCE, _ROOM)
         made.setblocking(False)
         made.bind(("::", port))
         if kind == TCP:
@@ -160,12 +162,14 @@ class Busy(_Work):
     def __init__(self, path: str | Path, to: str, kind: int = UDP, port: int = PORT, own_port: int = 0) -> None:
         self.number, self.sent, self.answered = next(_numbers), 0, set[int]()
         self.errors: list[str] = []
+        self._name = f"{Path(path).name} to {to} {port}, {'TCP' if kind == TCP else 'UDP'}"
         self._resting, self._rest = threading.Event(), b""
         family = socket.AF_INET6 if ":" in to else socket.AF_INET
         self._socket = inside(path, lambda: socket.socket(family, kind))
         try:
             self._socket.settimeout(_PATIENCE)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, _RCVBUFFORCE, _ROOM)
             self._socket.bind(("::" if ":" in to else "0.0.0.0", own_port))
             self._socket.connect((to, port))
             if kind == TCP:
@@ -178,6 +182,9 @@ class Busy(_Work):
 
     def __enter__(self) -> Busy:
         return self
+
+    def __str__(self) -> str:
+        return f"{self.number}: {self._name}"
 
     @property
     def own_port(self) -> int:
@@ -263,7 +270,7 @@ class Ear(_Work):
         self._socket = inside(
             path, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.htons(3))
         )
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        self._socket.setsockopt(socket.SOL_SOCKET, _RCVBUFFORCE, _ROOM)
         self._socket.bind((ifname, 0))
         super().__init__()
 
@@ -304,6 +311,22 @@ def nothing_since(hearer: Echo | Ear, since: dict[Busy, int]) -> dict[int, int]:
     time.sleep(0.1)  # whoever hears has to read it, too
     found = {each.number: hearer.latest.get(each.number, 0) - moment for each, moment in since.items()}
     return {number: late for number, late in found.items() if late >= 0}
+
+
+BARELY = 0.1
+"""The share of a connection that is not fast: an acknowledgement of one that rests may come meanwhile."""
+
+
+@contextlib.contextmanager
+def undisturbed(*flows: Busy) -> Iterator[None]:
+    """None of the connections loses anything by what is done in the block."""
+    since = moments(*flows)
+    yield
+    lost = {each: each.lost(since[each]) for each in flows}
+    words = [
+        f"{each}: {len(which)} from {which[0]} to {which[-1]} of {each.sent}" for each, which in lost.items() if which
+    ]
+    assert words == []
 
 
 # --- pods ---------------------------------------------------------------------------------------------------------

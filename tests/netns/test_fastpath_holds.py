@@ -11,15 +11,18 @@ import contextlib
 import ipaddress
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import yaml
 
 from ipam_daemon.plan import mac_of
-from podwire.lab import node
+from podwire.lab import cluster, node
+from podwire.lab.agent import daemon_status
 from podwire.lab.state import LabState
 from tests.netns.busy_flows import (
+    BARELY,
     PORT,
     TCP,
     UDP,
@@ -36,13 +39,13 @@ from tests.netns.busy_flows import (
     quick_lab,
     share,
     taken,
+    undisturbed,
     until_fast,
 )
-from tests.netns.containers import containers, on_node, status, wait
+from tests.netns.containers import at_once, containers, on_node, status, wait
 from tests.netns.frames import IPV4, IPV6, ethernet, ip, raw, udp
+from tests.netns.test_ipam_check import etcd, podwire_node
 
-BARELY = 0.1
-"""The share of a connection that is not fast: an acknowledgement of one that rests may come meanwhile."""
 HOST_PORT = {"runtimeConfig": {"portMappings": [{"hostPort": 8080, "containerPort": PORT, "protocol": "udp"}]}}
 
 
@@ -94,14 +97,6 @@ def one_more(lab: LabState, name: str, on: str = "node1", config: dict[str, Any]
             yield made
         finally:
             made.delete()
-
-
-@contextlib.contextmanager
-def undisturbed(*flows: Busy) -> Iterator[None]:
-    """None of the connections loses anything by what is done in the block."""
-    since = moments(*flows)
-    yield
-    assert {each.number: lost for each in flows if (lost := each.lost(since[each]))} == {}
 
 
 def counted(lab: LabState, name: str, reason: str) -> int:
@@ -182,6 +177,25 @@ def test_a_pod_whose_namespace_went_without_a_del_is_forgotten(lab: LabState, tr
                 on_node(lab, "node1", "ip", "link", "del", pod.port)
                 gone = set(pod.at.values())
                 wait(lambda: not gone & known(lab, "node1", trio.client.port), "it to be forgotten")
+            pod.delete()
+
+
+def test_pods_come_and_go_beside_connections_that_are_fast(lab: LabState, trio: Trio) -> None:
+    """Whoever is there is known, and nobody else: a DEL that is answered has taken its pod out."""
+    staying = {*trio.client.at.values(), *trio.near.at.values()}
+    with contextlib.ExitStack() as stack:
+        steady = trio.flows(stack)
+        boxes = stack.enter_context(containers(lab, "node1", "storm", 12))
+        with undisturbed(*steady):
+            for seen in (False, True, False):
+                made = at_once([partial(Pod, box) for box in boxes], 6)
+                live = staying.union(*(pod.at.values() for pod in made))
+                if seen:
+                    wait(lambda live=live: known(lab, "node1", trio.client.port) == live, "all to be known")  # type: ignore[misc]
+                at_once([pod.delete for pod in made], 6)
+                assert known(lab, "node1", trio.client.port) == staying
+            pod = Pod(boxes[0])
+            wait(lambda: known(lab, "node1", trio.client.port) == {*staying, *pod.at.values()}, "it to be known")
             pod.delete()
 
 
@@ -306,6 +320,11 @@ def restart(
     node.wait_daemon(lab, name)
 
 
+def until_answering(lab: LabState, name: str) -> None:
+    """Returns when a node's daemon answers, ready or not."""
+    wait(lambda: daemon_status(lab.files.ipamd_socket(name)) is not None, f"the daemon of {name}")
+
+
 def ours(trio: Trio, name: str) -> dict[str, list[str]]:
     """The programs that a node has while these three pods are all."""
     pods = [each.port for each in (trio.client, trio.near, trio.far) if each.node == name]
@@ -354,3 +373,27 @@ def test_what_a_daemon_has_left_ends_before_the_next_one_answers(lab: LabState, 
             finally:
                 restart(lab, "node1", fastPath=True)
             until_fast(lab, *flows)
+
+
+@pytest.mark.slow
+def test_a_pod_whose_address_is_another_nodes_is_cut_off() -> None:
+    """A node that had no etcd when it came back knows its pods, and that they are its own no more only later."""
+    with quick_lab() as lab, contextlib.ExitStack() as stack:
+        boxes = stack.enter_context(containers(lab, "node2", "fenced", 2))
+        client, pod = (Pod(each) for each in boxes)
+        ear, _ = stack.enter_context(Ear(pod.netns)), stack.enter_context(Echo(pod.netns))
+        flow = stack.enter_context(Busy(client.netns, pod.at[4]))
+        until_fast(lab, flow, at=["node2"])
+        (cidr,) = [each.cidr for each in status(lab, "node2").blocks if "." in each.cidr]
+        node.stop_daemon(lab, "node2")
+        assert podwire_node(lab, "node1", "forget", "node2", "--yes").returncode == 0
+        block = f"Block(cidr=ipaddress.ip_network('{cidr}'), pool='default', node='node9', node_id='9', generation=1)"
+        etcd(lab, "node1", f"await session.put(root + 'blocks/{cidr}', encode({block}))")
+        cluster.kill_etcd(lab, "etcd1")
+        node.start_daemon(lab, "node2")
+        until_answering(lab, "node2")
+        until_fast(lab, flow, at=["node2"])
+        cluster.start_etcd(lab)
+        wait(lambda: any("are cut off" in each for each in status(lab, "node2").reasons), "node2 to see it")
+        since = moments(flow)
+        assert nothing_since(ear, since) == {}

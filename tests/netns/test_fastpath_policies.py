@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from operator import gt
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from podwire.lab import cluster, names
 from podwire.lab.api.kinds import SERVICES
 from podwire.lab.state import LabState
 from tests.netns.busy_flows import (
+    BARELY,
     PORT,
     TCP,
     UDP,
@@ -28,11 +30,11 @@ from tests.netns.busy_flows import (
     quick_lab,
     share,
     taken,
+    undisturbed,
     until_fast,
 )
 from tests.netns.containers import wait
 from tests.netns.lab_fixtures import Pods
-from tests.netns.test_fastpath_holds import BARELY, undisturbed
 
 Object = dict[str, Any]
 PLACES = {"client": "node1", "near": "node1", "bystander": "node1", "far": "node2"}
@@ -53,14 +55,14 @@ def service(app: str) -> Object:
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": app}, "spec": spec}
 
 
-def policy(name: str, app: str, *ports: Object) -> Object:
-    """Lets anybody in at these ports, and nowhere else."""
+def policy(name: str, app: str, *ports: Object, types: tuple[str, ...] = ("Ingress",)) -> Object:
+    """Lets anybody in at these ports, and nowhere else; with `Egress` among its types nothing out but answers."""
     spec = {"podSelector": {"matchLabels": {"app": app}}, "ingress": [{"ports": list(ports)}] if ports else []}
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
         "metadata": {"name": name},
-        "spec": {**spec, "policyTypes": ["Ingress"]},
+        "spec": {**spec, "policyTypes": list(types)},
     }
 
 
@@ -90,17 +92,22 @@ class Place:
 
     @contextlib.contextmanager
     def having(self, *objects: Object) -> Iterator[None]:
-        """With these, which every kernel has when the block begins."""
-        before = self.generations()
-        cluster.apply(self.lab, objects)
+        """With these, which every kernel has when the block begins, and has no more after it."""
+        with self._taken_up():
+            cluster.apply(self.lab, objects)
         try:
-            wait(
-                lambda: all(now > then for now, then in zip(self.generations(), before, strict=True)),
-                "the policies in the kernel",
-            )
             yield
         finally:
-            cluster.delete(self.lab, objects)
+            with self._taken_up():
+                cluster.delete(self.lab, objects)
+
+    @contextlib.contextmanager
+    def _taken_up(self) -> Iterator[None]:
+        """A change of the policies, and nothing of it is left to be done: a proxy that has something left may judge
+        connections by it already."""
+        before = self.generations()
+        yield
+        wait(lambda: all(map(gt, self.generations(), before)), "the policies in the kernel")
 
     def _addresses(self, name: str) -> dict[int, str]:
         found = self.pods.object(name)["status"]["podIPs"]
@@ -144,7 +151,9 @@ def test_a_policy_cuts_what_it_forbids_and_nothing_else(place: Place, target: st
             with undisturbed(*forbidden), place.having(policy("lets-it", target, *open_ports)):
                 until_fast(place.lab, *forbidden, others=steady)
             before = place.cut(on)
-            with place.having(policy("forbids-it", target, {"port": PORT + 1, "protocol": "TCP"})):
+            # An answer on its way while the connection is cut would begin one itself, were it allowed to.
+            both, only = ("Ingress", "Egress"), {"port": PORT + 1, "protocol": "TCP"}
+            with place.having(policy("forbids-it", target, only, types=both)):
                 wait(lambda: place.cut(on) >= before + 4, "the proxy to have cut them")
                 since = moments(*forbidden)
                 assert nothing_since(echo, since) == {}
