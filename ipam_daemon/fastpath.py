@@ -28,6 +28,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 import msgspec
 
@@ -53,7 +54,7 @@ from ipam_daemon.model import Attachment
 from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, tolerating, write_sysctl
 from ipam_daemon.onlookers import Onlookers, has_ipsec
 from ipam_daemon.plan import VXLAN, NodePlan
-from ipam_daemon.rtnl import Message, get_link, is_port_of
+from ipam_daemon.rtnl import get_link, is_port_of
 from podwire.bpf import kernel
 from podwire.bpf.btf import BtfError
 from podwire.errors import PodwireError
@@ -132,22 +133,6 @@ def remove(thread: NetlinkThread) -> None:
                 thread.channel.exchange([tc_program.delete_program(index)])
 
 
-def _removal(ifindex: int, found: frozenset[str]) -> Message:
-    """Takes our filter from a link that has these, and their place, where nobody else has one there."""
-    return tc_program.delete_program(ifindex) if found - _NAMES else tc_program.delete_clsact(ifindex)
-
-
-@contextmanager
-def _having(module: str) -> Iterator[None]:
-    """Says what it is that the kernel lacks, which it calls a missing file."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EOPNOTSUPP):
-            raise
-        raise PlumbingFailed(f"the kernel has no {module}, not as a module either") from error
-
-
 class FastPath:
     """The fast path of this node."""
 
@@ -173,6 +158,7 @@ class FastPath:
         self._ports: dict[str, _Port] = {}
         self._attached: dict[int, tuple[Where, Node | None]] = {}  # by ifindex
         self._links: dict[int, int] = {}  # the underlay's, by ifindex
+        self._lacking = ""  # the module that the kernel was found to lack
         self.passed_over: dict[str, str] = {}
         """Ports and devices that are left alone, each with why."""
 
@@ -188,6 +174,7 @@ class FastPath:
         wait for. Raises PlumbingFailed, OSError."""
         onlookers = Onlookers(self._thread)
         self.passed_over = {}
+        self._check_lacking()
         direct = self._direct(plan)
         self._ensure_programs(plan, direct)
         write_sysctl(_LIBERAL, "1")
@@ -270,10 +257,10 @@ class FastPath:
             return False
         with naming(f"fast path of {ifname}"):
             if not there:
-                with _having("sch_ingress"):
+                with self._having("sch_ingress"):
                     channel.exchange([tc_program.add_clsact(ifindex)])
             try:
-                with _having("cls_bpf"):
+                with self._having("cls_bpf"):
                     channel.exchange([tc_program.set_program(ifindex, self._programs[where], where.value)])
             except (OSError, CniError):
                 if not there:
@@ -282,18 +269,35 @@ class FastPath:
         self._attached[ifindex] = (where, self._node)
         return True
 
-    def _detach(self, ifindex: int, ifname: str, onlookers: Onlookers) -> None:
-        """The same no more, wherever the link has gone."""
+    def _check_lacking(self) -> None:
+        """What was lacking is not looked for with a link's packets at stake, which are dropped each time (`remove`)."""
+        if self._lacking and not Path("/sys/module", self._lacking).exists():
+            raise PlumbingFailed(f"the kernel has no {self._lacking}, not as a module either")
+        self._lacking = ""
+
+    @contextmanager
+    def _having(self, module: str) -> Iterator[None]:
+        """Says what it is that the kernel lacks, which it calls a missing file."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):
+                self._lacking = module
+                self._check_lacking()
+            raise
+
+    def _detach(self, ifindex: int, ifname: str) -> None:
+        """The same no more, wherever the link has gone; the place for filters stays (`remove`)."""
         if self._attached.pop(ifindex, None) is not None:
             with naming(f"fast path of {ifname}"), tolerating(*_GONE):
-                self._thread.channel.exchange([_removal(ifindex, onlookers.filters(ifindex))])
+                self._thread.channel.exchange([tc_program.delete_program(ifindex)])
 
     # --- where they are
 
     def _ensure_devices(self, onlookers: Onlookers, direct: Iterable[str]) -> None:
         underlay, vxlan = (self._node.underlay, self._node.vxlan) if self._node else ((), 0)
         if not vxlan or self._is_watched(onlookers, vxlan, VXLAN, sends=False):
-            self._detach(index_of(VXLAN), VXLAN, onlookers)
+            self._detach(index_of(VXLAN), VXLAN)
         else:
             self._attach(vxlan, VXLAN, Where.ARRIVING, onlookers)
         wanted = {
