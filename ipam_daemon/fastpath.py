@@ -69,6 +69,8 @@ _MONOTONIC_COARSE = 6  # linux/time.h
 _WAYS = {"pod": TO_POD, "node": TO_NODE, "from-node": FROM_NODE}
 _LIBERAL = "net/netfilter/nf_conntrack_tcp_be_liberal"
 _RESETS = "net/netfilter/nf_conntrack_tcp_ignore_invalid_rst"  # Linux 5.14
+_TCP_LASTS = "net/netfilter/nf_conntrack_tcp_timeout_established"
+_UDP_LASTS = "net/netfilter/nf_conntrack_udp_timeout_stream"
 _TUPLE = "nf_conntrack_tuple"
 _NAMES = frozenset(where.value for where in Where)
 
@@ -102,6 +104,7 @@ def read_conntrack() -> tuple[Conntrack, tuple[int, ...]]:
         answers, asked = tuples + size + one, tuples + one
         return Conntrack(
             lookup=types.function("bpf_skb_ct_lookup"),
+            renew=types.function("bpf_ct_change_timeout"),
             release=types.function("bpf_ct_release"),
             module=len(modules),
             status=types.offset("nf_conn", "status"),
@@ -228,6 +231,8 @@ class FastPath:
             pools=plan.bridge.pools,
             vxlan=index_of(VXLAN) if devices else 0,
             underlay=tuple(filter(None, map(index_of, devices[1:]))),
+            tcp_lasts=int(read_sysctl(_TCP_LASTS) or 0),
+            udp_lasts=int(read_sysctl(_UDP_LASTS) or 0),
         )
         if node == self._node:
             return

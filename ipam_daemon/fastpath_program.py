@@ -17,8 +17,9 @@ forbids it) cuts it here, and a route that changes changes here. A packet takes 
                                    included, no helper, no other end in sight for 20 s
     it fits                        no larger than what it leaves by takes, its hop limit above 1
 
-What conntrack does not see it does not count: an entry is renewed by a packet that goes the long way when 20 s are
-left of it, and the window of TCP is not known (nf_conntrack_tcp_be_liberal).
+What conntrack does not see it does not count, and the window of TCP it does not know (nf_conntrack_tcp_be_liberal). An
+assured entry is renewed by the program, as a packet on the long way would; any other by a packet that goes the long way
+when 20 s are left of it.
 
 The order within the program is the cheapest question first, since a packet that goes on has paid for those that it was
 asked. docs/performance.md has what they cost.
@@ -50,6 +51,8 @@ TO_POD, TO_NODE, FROM_NODE = range(3)
 """Places in the map of counters: which fast way a packet took."""
 LEAST_LEFT = 20
 """Seconds. A connection that conntrack would forget earlier is shown to it."""
+_SELDOM = 2  # seconds between two renewals of an entry
+_MOST_SECONDS = 1_000_000  # half of what 32 bits of jiffies can tell apart, at 1,000 a second
 
 # struct __sk_buff
 _LEN, _PKT_TYPE, _VLAN_PRESENT, _IFINDEX, _DATA, _DATA_END, _GSO_SIZE = 0, 4, 20, 40, 76, 80, 176
@@ -59,7 +62,7 @@ _LOOKUP, _STORE_BYTES, _REDIRECT, _CHANGE_TYPE, _FIB_LOOKUP, _JIFFIES, _REDIRECT
 )  # fmt: skip
 _RECOMPUTE_CSUM, _PACKET_HOST = 1, 0
 # enum ip_conntrack_status
-_SEEN_REPLY, _CONFIRMED = 1 << 1, 1 << 3
+_SEEN_REPLY, _ASSURED, _CONFIRMED = 1 << 1, 1 << 2, 1 << 3
 _IN_THE_WAY = 1 << 4 | 1 << 5 | 1 << 6 | 1 << 9 | 1 << 11 | 1 << 12 | 1 << 13
 """Source or destination translated, sequence numbers changed, dying, a template, untracked, a helper."""
 _TCP, _UDP, _TCP_ESTABLISHED = 6, 17, 3
@@ -68,8 +71,8 @@ _AF_INET, _AF_INET6 = 2, 10
 _TTL_AND_CHECKSUM, _TTL4, _HOPS6 = 22, 22, 21
 
 # the stack
-_TUPLE, _SENDER, _RECEIVER, _OPTIONS, _STATE, _LEFT, _WAY, _NEIGHBOUR, _MACS, _WORD = (
-    -48, -64, -80, -96, -100, -104, -168, -192, -208, -216,
+_TUPLE, _SENDER, _RECEIVER, _OPTIONS, _STATE, _LEFT, _WAY, _NEIGHBOUR, _MACS, _WORD, _ENTRY = (
+    -48, -64, -80, -96, -100, -104, -168, -192, -208, -216, -224,
 )  # fmt: skip
 _WAY_BYTES, _NEIGHBOUR_BYTES = 64, 20  # struct bpf_fib_lookup, struct bpf_redir_neigh
 _WAY_PROTOCOL, _WAY_PORTS, _WAY_LENGTH, _WAY_IFINDEX, _WAY_CLASS = 1, 2, 6, 8, 12
@@ -85,11 +88,12 @@ class Where(Enum):
 
 
 class Conntrack(msgspec.Struct, frozen=True, kw_only=True):
-    """What the running kernel says of its connection tracking: the numbers of two functions and the module that has
+    """What the running kernel says of its connection tracking: the numbers of its functions and the module that has
     them (0: the kernel itself), and where members of nf_conn are, in bytes. `original_to` and `reply_from` are an
     address and the port after it: where a connection was begun to, and who answers it. `hz` are jiffies a second."""
 
     lookup: int
+    renew: int
     release: int
     module: int
     status: int
@@ -111,13 +115,16 @@ class Maps(msgspec.Struct, frozen=True, kw_only=True):
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
     """What the programs are for: the bridge, the pools of the cluster, and the devices by which packets may
-    leave, by their indexes; 0 for no VXLAN."""
+    leave, by their indexes; 0 for no VXLAN. Conntrack keeps an established connection of TCP for `tcp_lasts` seconds
+    after its last packet, and one of UDP for `udp_lasts`."""
 
     bridge: int
     bridge_mac: str
     pools: tuple[Network, ...]
     vxlan: int
     underlay: tuple[int, ...]
+    tcp_lasts: int
+    udp_lasts: int
 
 
 class _Family(msgspec.Struct, frozen=True, kw_only=True):
@@ -284,11 +291,11 @@ class _Part:
         program.call(_LOOKUP)
 
     def _check_sender(self) -> None:
-        """Where it comes from a node, nobody asks on the long way either."""
-        if not self._from_pod:
-            return
         program = self._program
         self._find(_SENDER)
+        if not self._from_pod:
+            program.jump_if(Test.DIFFERENT, R0, 0, "on")  # a strict rp_filter would not let it in
+            return
         program.jump_if(Test.EQUAL, R0, 0, "on")
         program.load(W, R1, R0, 0)
         program.load(W, R2, R6, _IFINDEX)
@@ -368,16 +375,48 @@ class _Part:
         program.jump_if(Test.EQUAL, R0, 0, "on")
         # it is held until it is released, so nothing may leave in between: r7 collects what is wrong of it
         program.load(D, R7, R0, of.status)
-        program.compute(Sum.AND, R7, _SEEN_REPLY | _CONFIRMED | _IN_THE_WAY)
+        program.compute(Sum.AND, R7, _SEEN_REPLY | _ASSURED | _CONFIRMED | _IN_THE_WAY)
         program.load(B, R1, R0, of.tcp_state)
         program.store(B, R10, _STATE, R1)
         program.load(W, R1, R0, of.timeout)
         program.store(W, R10, _LEFT, R1)
         self._compare_ends()
-        program.copy(R1, R0)
+        program.store(D, R10, _ENTRY, R0)
+        program.call(_JIFFIES)
+        program.load(W, R1, R10, _LEFT)
+        program.compute32_with(Sum.SUBTRACT, R1, R0)
+        program.store(W, R10, _LEFT, R1)
+        self._renew()
+        program.load(D, R1, R10, _ENTRY)
         program.call_kernel(of.release, of.module)
+        program.compute(Sum.AND, R7, ~_ASSURED)
         program.jump_if(Test.DIFFERENT, R7, _SEEN_REPLY | _CONFIRMED, "on")
         self._check_state()
+
+    def _renew(self) -> None:
+        """What a packet on the long way does to an entry: it lasts as if this were its first second. Once in a few
+        seconds, and not for what is going to be shown to conntrack anyway. r1 is what is left of it."""
+        program, of, udp, aged, fresh = self._program, self._conntrack, *map(self._label, ("sent", "aged", "fresh"))
+        program.jump_if(Test.DIFFERENT, R7, _SEEN_REPLY | _ASSURED | _CONFIRMED, fresh)
+        program.jump32_if(Test.LESS_SIGNED, R1, LEAST_LEFT * of.hz, fresh)
+        program.jump_if(Test.EQUAL, R9, _UDP, udp)
+        program.load(B, R2, R10, _STATE)
+        program.jump_if(Test.DIFFERENT, R2, _TCP_ESTABLISHED, fresh)
+        self._ask_age(self._node.tcp_lasts, aged)
+        program.jump(fresh)
+        program.label(udp)
+        self._ask_age(self._node.udp_lasts, aged)
+        program.jump(fresh)
+        program.label(aged)
+        program.load(D, R1, R10, _ENTRY)
+        program.call_kernel(of.renew, of.module)
+        program.label(fresh)
+
+    def _ask_age(self, lasts: int, aged: str) -> None:
+        """r2 = what the entry gets, in milliseconds, where it is `aged`."""
+        seconds = min(lasts, _MOST_SECONDS)
+        self._program.set(R2, seconds * 1000)
+        self._program.jump32_if(Test.LESS_SIGNED, R1, max(seconds - _SELDOM, 0) * self._conntrack.hz, aged)
 
     def _compare_ends(self) -> None:
         """Who answers is who was asked. IPVS translates without saying so in the status."""
@@ -397,9 +436,7 @@ class _Part:
         program.load(B, R1, R10, _STATE)
         program.jump_if(Test.DIFFERENT, R1, _TCP_ESTABLISHED, "on")
         program.label(lasting)
-        program.call(_JIFFIES)
         program.load(W, R1, R10, _LEFT)
-        program.compute32_with(Sum.SUBTRACT, R1, R0)
         program.jump32_if(Test.LESS_SIGNED, R1, LEAST_LEFT * self._conntrack.hz, "on")
 
     # --- the ways
