@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -26,10 +23,9 @@ from kube_proxy_lite.render.policy_nftables import PolicyRenderer
 from podwire.kube import objects
 from tests.policy_cases import BASE, CASES, namespace, policy
 from tests.unit.test_policy_evaluator import put
+from tests.vm.booting import ROOT, boot
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 600
 SERVER, CLIENT = ipaddress.ip_address("10.50.0.2"), "10.50.1.3"
 
 
@@ -136,29 +132,9 @@ def answers() -> Iterator[dict[str, str]]:
     try:
         for name, text in scripts().items():
             (folder / name).write_text(text)
-        yield boot(folder)
+        yield boot(f"/usr/bin/python3 -IS {ROOT / 'tests' / 'vm' / 'guest.py'} {folder}")
     finally:
         shutil.rmtree(folder)
-
-
-def boot(folder: Path) -> dict[str, str]:
-    (kernel,) = (ROOT / "build" / "vm" / "boot").glob("vmlinuz-*")
-    guest = f"/usr/bin/python3 -IS {ROOT / 'tests' / 'vm' / 'guest.py'} {folder}"
-    tools = Path(sys.executable).parent
-    command = [str(tools / "vng"), "--run", str(kernel), "--disable-kvm", "--force-9p", "--user", "root", "--cwd", "/"]
-    done = subprocess.run(
-        [*command, "--verbose", "--memory", "1G", "--exec", guest],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-        env={"PATH": f"{tools}:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "TERM": "dumb"},
-        stdin=subprocess.DEVNULL,
-    )
-    said = [line.strip() for line in (done.stdout + done.stderr).splitlines()]
-    found = dict(line[1:].split(": ", 1) for line in said if line.startswith("@") and ": " in line)
-    assert "end" in found, f"the guest did not come to its end: {done.stdout[-2000:]}{done.stderr[-2000:]}"
-    return found
 
 
 def test_it_is_another_kernel(answers: dict[str, str]) -> None:
