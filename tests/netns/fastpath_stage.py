@@ -149,6 +149,8 @@ class Stage:
             pools=POOLS,
             vxlan=self.index["pw-vxlan"],
             underlay=(self.index["under0"],),
+            tcp_lasts=432000,
+            udp_lasts=120,
         )
         for host, port, mac in ((A, "pwa", A_MAC), (B, "pwb", B_MAC)):
             for version in (4, 6):
