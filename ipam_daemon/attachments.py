@@ -137,7 +137,9 @@ class Attachments:
             point("add.intended")
             try:
                 with self._metrics.phase("ADD", "wire"):
-                    await self._thread.run(self._wires.attach, attachment, self.addresses.gateways)
+                    await self._thread.run(
+                        self._wires.attach, attachment, self.addresses.gateways, last=bool(call.config.last)
+                    )
             except Exception:
                 await self._undo(attachment)
                 raise

@@ -116,7 +116,8 @@ class Args(msgspec.Struct, frozen=True, kw_only=True):
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The keys of a network configuration that Podwire reads (section 1). Null is as absent, as Go's plugins take it.
 
-    `attachments` is what the Go library up to 1.2 calls `valid_attachments`.
+    `attachments` is what the Go library up to 1.2 calls `valid_attachments`. `last` says that no other plugin follows
+    in the list, which a plugin is not told; it is Podwire's own key.
     """
 
     name: str
@@ -133,6 +134,7 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
     ingress_burst: int | None = msgspec.field(name="ingressBurst", default=None)
     egress_rate: int | None = msgspec.field(name="egressRate", default=None)
     egress_burst: int | None = msgspec.field(name="egressBurst", default=None)
+    last: bool | None = None
 
 
 class LeastConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -59,7 +59,7 @@ class Daemon:
             wanted=settings.fast_path,
             after=settings.fast_path_after,
         )
-        self._wires = wires = Wires(thread, guard=guard, dying=self._fastpath.forget)
+        self._wires = wires = Wires(thread, guard=guard, dying=self._fastpath.forget, filtered=settings.fast_path)
         self._podwatch = podwatch = PodWatch(settings.network_policy, settings.network_policy_timeout, self._blocks)
         self._attachments = attachments = Attachments(
             journal=journal,

@@ -17,6 +17,7 @@ Every function here runs on the netlink thread.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 from collections.abc import Iterable
@@ -24,9 +25,10 @@ from typing import Any
 
 from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.model import Address, Interface
-from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, write_sysctl
+from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, tolerating, write_sysctl
 from ipam_daemon.plan import BridgePlan, VxlanPlan
 from ipam_daemon.rtnl import add_address
+from ipam_daemon.tc_program import add_clsact
 
 _UP = "up"
 _FORWARDED_GROUPS = 0xFFF8
@@ -131,6 +133,8 @@ class Devices:
                 vxlan_learning=0,
                 **local,
             )
+        with tolerating(errno.ENOENT, errno.EOPNOTSUPP):  # before it is up: later that would cost packets
+            self._thread.channel.exchange([add_clsact(index_of(plan.name))])
 
     def _ensure_common(self, index: int, link: Any, mac: str, mtu: int, addresses: Iterable[Interface]) -> list[str]:
         name, done = link.get("ifname"), []

@@ -26,14 +26,13 @@ import errno
 import os
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterable, Sequence, Set
+from contextlib import ExitStack, suppress
 
 import msgspec
 
 from ipam_daemon import tc_program
-from ipam_daemon.errors import CniError, PlumbingFailed
+from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.fastpath_program import (
     COUNT_BYTES,
     FROM_NODE,
@@ -49,22 +48,22 @@ from ipam_daemon.fastpath_program import (
     pod_key,
     pod_value,
     render,
+    render_nothing,
 )
 from ipam_daemon.model import Attachment
 from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, tolerating, write_sysctl
 from ipam_daemon.onlookers import Onlookers, has_ipsec
 from ipam_daemon.plan import VXLAN, NodePlan
 from ipam_daemon.rtnl import get_link, is_port_of
-from podwire.bpf import kernel
+from podwire.bpf import kernel, tcx
 from podwire.bpf.btf import BtfError
 from podwire.errors import PodwireError
 
 LEASE_S = 30.0
 """How long the programs go on without a daemon."""
-_MOST_PODS = 1 << 16
+_MOST_ADDRESSES = 1 << 13
 _AT_A_TIME = 16
 _GONE = (errno.ENOENT, errno.EINVAL, errno.ENODEV)
-_FILTERS = "it has filters of somebody else"
 _MONOTONIC_COARSE = 6  # linux/time.h
 _WAYS = {"pod": TO_POD, "node": TO_NODE, "from-node": FROM_NODE}
 _LIBERAL = "net/netfilter/nf_conntrack_tcp_be_liberal"
@@ -77,6 +76,14 @@ _NAMES = frozenset(where.value for where in Where)
 
 class Unsupported(PodwireError):
     """The kernel has no fast path; the message says what is missing."""
+
+
+class _Place(msgspec.Struct, frozen=True):
+    """What runs at a link: which program, what for, and whether as a filter, or by TCX."""
+
+    where: Where
+    node: Node | None
+    filtered: bool
 
 
 class _Port(msgspec.Struct, frozen=True):
@@ -121,19 +128,40 @@ def read_conntrack() -> tuple[Conntrack, tuple[int, ...]]:
         raise Unsupported(why) from error
 
 
-def remove(thread: NetlinkThread) -> None:
-    """Takes away what an earlier daemon has left: its programs know pods that nobody tells them of any more.
+def end(thread: NetlinkThread) -> None:
+    """Ends what an earlier daemon has left: its programs know pods that nobody tells them of any more.
 
-    For the start, before a DEL is answered. 0.1 ms a port. The place for filters stays: whenever one is made or taken
-    away, the kernel drops for half a millisecond what the link sends (qdisc_graft() deactivates it). Raises
-    PlumbingFailed, OSError.
+    For the start, before a DEL is answered. 0.1 ms a port: filters go, and their place stays, since to take that away
+    costs packets; a program of TCX gets one in its place that passes everything on, since to take it away takes the
+    kernel ten milliseconds a port. Raises PlumbingFailed, OSError.
     """
     onlookers = Onlookers(thread)
     for index in onlookers.with_filters():
-        found = onlookers.filters(index)
-        if found & _NAMES:
+        if onlookers.filters(index) & _NAMES:
             with naming(f"taking the fast path from link {index}"), tolerating(*_GONE):
                 thread.channel.exchange([tc_program.delete_program(index)])
+    for index in _with_programs(onlookers):
+        _pass_on(index)
+
+
+def _pass_on(ifindex: int) -> None:
+    nothing = kernel.load(render_nothing(), Where.FROM_POD.value)
+    try:
+        with naming(f"ending the fast path of link {ifindex}"), tolerating(*_GONE):
+            tcx.attach(nothing, ifindex, _NAMES)
+    finally:
+        os.close(nothing)
+
+
+def remove(thread: NetlinkThread) -> None:
+    """Takes all of it away, where none is wanted any more. Raises PlumbingFailed, OSError."""
+    for index in _with_programs(Onlookers(thread)):
+        with naming(f"taking the fast path from link {index}"), tolerating(*_GONE):
+            tcx.detach(index, _NAMES)
+
+
+def _with_programs(onlookers: Onlookers) -> list[int]:
+    return [index for index in onlookers.links() if not _NAMES.isdisjoint(tcx.programs(index, tcx.Way.IN).values())]
 
 
 class FastPath:
@@ -149,7 +177,7 @@ class FastPath:
             for descriptor in modules:
                 undoing.callback(os.close, descriptor)
             self._pods = kernel.Map(
-                kernel.MapKind.HASH, key=KEY_BYTES, value=POD_BYTES, entries=_MOST_PODS, name="podwire_pods"
+                kernel.MapKind.HASH, key=KEY_BYTES, value=POD_BYTES, entries=_MOST_ADDRESSES, name="podwire_pods"
             )
             undoing.callback(self._pods.close)
             self._lease = kernel.Map(array, key=4, value=LEASE_BYTES, entries=1, name="podwire_lease")
@@ -159,9 +187,8 @@ class FastPath:
         self._node: Node | None = None  # what the programs are for
         self._programs: dict[Where, int] = {}
         self._ports: dict[str, _Port] = {}
-        self._attached: dict[int, tuple[Where, Node | None]] = {}  # by ifindex
+        self._attached: dict[int, _Place] = {}  # by ifindex
         self._links: dict[int, int] = {}  # the underlay's, by ifindex
-        self._lacking = ""  # the module that the kernel was found to lack
         self.passed_over: dict[str, str] = {}
         """Ports and devices that are left alone, each with why."""
 
@@ -172,19 +199,18 @@ class FastPath:
 
     # --- what is asked of it
 
-    def ensure(self, plan: NodePlan, wires: Sequence[Attachment]) -> bool:
+    def ensure(self, plan: NodePlan, wires: Sequence[Attachment], young: Set[str]) -> bool:
         """Brings the kernel to what the plan and the wires say. False when there is more to do, which others need not
-        wait for. Raises PlumbingFailed, OSError."""
+        wait for. To the ports of `young` wires other plugins may yet do something. Raises PlumbingFailed, OSError."""
         onlookers = Onlookers(self._thread)
         self.passed_over = {}
-        self._check_lacking()
         direct = self._direct(plan)
         self._ensure_programs(plan, direct)
         write_sysctl(_LIBERAL, "1")
         if read_sysctl(_RESETS):
             write_sysctl(_RESETS, "1")
         self._ensure_devices(onlookers, direct)
-        done = self._ensure_ports(onlookers, plan, wires)
+        done = self._ensure_ports(onlookers, plan, wires, young)
         until = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(LEASE_S * 1e9)
         self._lease.put(struct.pack("=I", 0), struct.pack("=Q", until))
         return done
@@ -253,49 +279,44 @@ class FastPath:
         self._links = {}
 
     def _attach(self, ifindex: int, ifname: str, where: Where, onlookers: Onlookers) -> bool:
-        """Runs the program for what a link of ours takes in. False when somebody else has filters there."""
-        if self._attached.get(ifindex) == (where, self._node):
+        """Runs the program for what a link of ours takes in. False where the kernel cannot."""
+        place = _Place(where, self._node, onlookers.has_filters(ifindex))
+        if self._attached.get(ifindex) == place:
             return True
-        there, channel = onlookers.has_filters(ifindex), self._thread.channel
-        if there and onlookers.filters(ifindex) - _NAMES:
-            self.passed_over[ifname] = _FILTERS
+        try:
+            with naming(f"fast path of {ifname}"):
+                self._put(ifindex, self._programs[where], place)
+        except Unsupported as error:
+            self.passed_over[ifname] = str(error)
             return False
-        with naming(f"fast path of {ifname}"):
-            if not there:
-                with self._having("sch_ingress"):
-                    channel.exchange([tc_program.add_clsact(ifindex)])
-            try:
-                with self._having("cls_bpf"):
-                    channel.exchange([tc_program.set_program(ifindex, self._programs[where], where.value)])
-            except (OSError, CniError):
-                if not there:
-                    channel.exchange([tc_program.delete_clsact(ifindex)])
-                raise
-        self._attached[ifindex] = (where, self._node)
+        self._attached[ifindex] = place
         return True
 
-    def _check_lacking(self) -> None:
-        """What was lacking is not looked for with a link's packets at stake, which are dropped each time (`remove`)."""
-        if self._lacking and not Path("/sys/module", self._lacking).exists():
-            raise PlumbingFailed(f"the kernel has no {self._lacking}, not as a module either")
-        self._lacking = ""
-
-    @contextmanager
-    def _having(self, module: str) -> Iterator[None]:
-        """Says what it is that the kernel lacks, which it calls a missing file."""
+    def _put(self, ifindex: int, program: int, place: _Place) -> None:
+        if place.filtered:
+            try:
+                self._thread.channel.exchange([tc_program.set_program(ifindex, program, place.where.value)])
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):
+                    raise Unsupported("the kernel has no cls_bpf, not as a module either") from error
+                raise
+            return
         try:
-            yield
+            tcx.attach(program, ifindex, _NAMES)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):
-                self._lacking = module
-                self._check_lacking()
+            if error.errno == errno.EINVAL:
+                raise Unsupported("it has no place for filters, and TCX is of Linux 6.6") from error
             raise
 
     def _detach(self, ifindex: int, ifname: str) -> None:
-        """The same no more, wherever the link has gone; the place for filters stays (`remove`)."""
-        if self._attached.pop(ifindex, None) is not None:
+        """The same no more, wherever the link has gone."""
+        place = self._attached.pop(ifindex, None)
+        if place is not None:
             with naming(f"fast path of {ifname}"), tolerating(*_GONE):
-                self._thread.channel.exchange([tc_program.delete_program(ifindex)])
+                if place.filtered:
+                    self._thread.channel.exchange([tc_program.delete_program(ifindex)])
+                else:
+                    tcx.detach(ifindex, _NAMES)
 
     # --- where they are
 
@@ -310,10 +331,6 @@ class FastPath:
             for name in direct
             if (index := index_of(name)) in underlay and not self._is_watched(onlookers, index, name, sends=False)
         }
-        for index, name in list(wanted.items()):
-            if onlookers.has_filters(index):
-                self.passed_over[name] = _FILTERS
-                del wanted[index]
         for index in self._links.keys() - wanted.keys():
             os.close(self._links.pop(index))
         for index in wanted.keys() - self._links.keys():
@@ -325,32 +342,37 @@ class FastPath:
 
     def _is_watched(self, onlookers: Onlookers, ifindex: int, ifname: str, *, sends: bool) -> bool:
         why = onlookers.of(ifindex, ifname, sends=sends)
+        if not why and onlookers.strangers(ifindex, _NAMES, sends=sends):
+            why = "it has filters or programs of somebody else"
         if why:
             self.passed_over[ifname] = why
         return bool(why)
 
-    def _ensure_ports(self, onlookers: Onlookers, plan: NodePlan, wires: Iterable[Attachment]) -> bool:
+    def _ensure_ports(self, onlookers: Onlookers, plan: NodePlan, wires: Iterable[Attachment], young: Set[str]) -> bool:
         """Takes a few new ports at a time; False when there are more."""
         bridge = index_of(plan.bridge.name)
         wanted = {each.host_ifname: each for each in wires if not each.bandwidth}
         for name, port in list(self._ports.items()):
             gone = name not in wanted or not onlookers.is_there(port.ifindex)
-            if gone or self._is_watched(onlookers, port.ifindex, name, sends=True):
+            if (
+                gone
+                or self._is_watched(onlookers, port.ifindex, name, sends=True)
+                or not self._attach(port.ifindex, name, Where.FROM_POD, onlookers)
+            ):
                 self.forget(name)
-            else:
-                self._attach(port.ifindex, name, Where.FROM_POD, onlookers)
         present = {port.ifindex for port in self._ports.values()} | {index_of(VXLAN)}
         self._attached = {index: where for index, where in self._attached.items() if index in present}
-        new = 0
+        admitted = 0
         for name in wanted.keys() - self._ports.keys():
             index = self._new_port(name, bridge)
-            if not index or self._is_watched(onlookers, index, name, sends=True):
+            filtered = onlookers.has_filters(index)
+            if not index or (name in young and not filtered) or self._is_watched(onlookers, index, name, sends=True):
                 continue
-            if new == _AT_A_TIME:
+            if admitted >= _AT_A_TIME:
                 return False
-            new += 1
             if self._attach(index, name, Where.FROM_POD, onlookers):
                 self._admit(name, index, wanted[name])
+                admitted += 1 if filtered else _AT_A_TIME
         return True
 
     def _new_port(self, name: str, bridge: int) -> int:

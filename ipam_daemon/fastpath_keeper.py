@@ -14,6 +14,7 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 
 from ipam_daemon import fastpath
 from ipam_daemon.errors import CniError
@@ -25,6 +26,8 @@ from ipam_daemon.plan import NodePlan
 
 ROUND_S = 2.0
 """How often it is looked after."""
+MORE_S = 0.1
+"""The same while there is more to do: to attach a program by TCX holds up whoever else wants to change a link."""
 AGAIN_S = 60.0
 """How often a kernel that cannot is asked again: it costs 50 ms, and what lacked may have been a file descriptor."""
 _LONG_AGO_S = 60.0  # the plugins of an ADD that began so long before this daemon are through
@@ -45,15 +48,15 @@ class FastPathKeeper:
         after: float = 0.0,
     ) -> None:
         """`plan` is what the kernel was last brought to, `wires` are the node's own that are not cut off. A pod's
-        packets take the fast way `after` so many seconds, when plugins that follow in the chain have done what they do:
-        one that makes an ingress queue (the reference `bandwidth`) fails where there is a place for filters.
+        packets take the fast way `after` so many seconds, when plugins that follow in the chain have done what they do,
+        limits for example; at once where none follows.
         """
         self._thread = thread
         self._plan = plan
         self._wires = wires
         self._wanted = wanted
         self._after = after
-        self._seen: dict[AttachmentKey, int] = {}  # attached since when, as far as this daemon knows
+        self._seen: dict[tuple[AttachmentKey, int], int] = {}  # attached since when, as far as this daemon knows
         self._path: FastPath | None = None
         self._obstacle = "the daemon has just started"
 
@@ -80,23 +83,24 @@ class FastPathKeeper:
         return self._path.taken() if self._path is not None else {}
 
     async def begin(self) -> None:
-        """Takes away what an earlier daemon has left; before any call is answered. What cannot be taken away ends with
-        its lease."""
+        """Ends what an earlier daemon has left; before any call is answered. What cannot be ended has a lease."""
         try:
-            await self._thread.run(fastpath.remove, self._thread)
-        except CniError as error:
-            log.warning("the fast path of the daemon before is still there, for %g s: %s", fastpath.LEASE_S, error)
+            await self._thread.run(fastpath.end, self._thread)
+        except Exception:  # nothing of the node waits for a fast path, whatever it is that went wrong
+            log.exception("the fast path of the daemon before is still there, for %g s", fastpath.LEASE_S)
 
     async def run_forever(self) -> None:
         """Until cancelled; ends at once where none is wanted."""
         if not self._wanted:
             self._obstacle = "fastPath is false"
+            with suppress(CniError):  # it passes everything on
+                await self._thread.run(fastpath.remove, self._thread)
             return
         while True:
-            plan = self._plan()
+            plan, pause = self._plan(), ROUND_S
             if plan is not None:  # the firewall is there, and so is conntrack, which may be a module
-                await self._round(plan)
-            await asyncio.sleep(ROUND_S if plan is None or self._path is not None else AGAIN_S)
+                pause = await self._round(plan)
+            await asyncio.sleep(pause)
 
     async def close(self) -> None:
         """Ports and VXLAN device keep their programs."""
@@ -111,24 +115,31 @@ class FastPathKeeper:
             self._say(str(error))
         return self._path
 
-    async def _round(self, plan: NodePlan) -> None:
+    async def _round(self, plan: NodePlan) -> float:
+        """Returns after how many seconds there should be another."""
         path = self._path or await self._open()
         if path is None:
-            return
+            return AGAIN_S
         try:
-            while not await self._thread.run(path.ensure, plan, self._old_enough()):
-                continue  # what else waits for the thread goes first
+            done = await self._thread.run(path.ensure, plan, *self._wires_and_young())
         except (CniError, OSError, sqlite3.Error) as error:
             self._say(str(error))
+        except Exception as error:  # nothing of the node waits for a fast path, whatever it is that went wrong
+            log.exception("the fast path's round")
+            self._say(repr(error))
         else:
             self._obstacle = ""
+            return ROUND_S if done else MORE_S
+        return ROUND_S
 
-    def _old_enough(self) -> list[Attachment]:
+    def _wires_and_young(self) -> tuple[list[Attachment], frozenset[str]]:
+        """The node's wires, and the names of those that plugins may not be through with."""
         now = boottime_ns()
         wires = [each for each in self._wires() if each.state is AttachmentState.ATTACHED]
         long_ago, latest = now - int(_LONG_AGO_S * 1e9), now - int(self._after * 1e9)
-        self._seen = {each.key: self._seen.get(each.key, 0 if each.created_ns < long_ago else now) for each in wires}
-        return [each for each in wires if self._seen[each.key] <= latest]
+        seen = {(each.key, each.created_ns): 0 if each.created_ns < long_ago else now for each in wires}
+        self._seen = {wire: self._seen.get(wire, since) for wire, since in seen.items()}
+        return wires, frozenset(each.host_ifname for each in wires if self._seen[each.key, each.created_ns] > latest)
 
     def _say(self, why: str) -> None:
         if why != self._obstacle:

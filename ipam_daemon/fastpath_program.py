@@ -175,6 +175,14 @@ def render(where: Where, conntrack: Conntrack, maps: Maps, node: Node) -> bytes:
     return program.assemble()
 
 
+def render_nothing() -> bytes:
+    """A program that passes everything on."""
+    program = Assembler()
+    program.set(R0, ON)
+    program.exit()
+    return program.assemble()
+
+
 def _check_lease(program: Assembler, maps: Maps) -> None:
     program.load_map_value(R1, maps.lease)
     program.load(D, R7, R1, 0)

@@ -1,9 +1,10 @@
 """Whose business the packets of a link are besides ours: what the fast path would take them past.
 
-    a queue that somebody chose (a token bucket, say), tc's filters, nft chains of family netdev    of the link
-    IPsec policies                                                                                  of the node
+    a queue that somebody chose (a token bucket, say), nft chains of family netdev      of the link: one dump for all
+    tc's filters, programs of TCX                                                       of the link: 0.03 ms for each
+    IPsec policies                                                                      of the node
 
-One dump each. Where there is any, the fast path stands back: a limit stays a limit, and what leaves encrypted still
+Where there is any, the fast path stands back: a limit stays a limit, and what leaves encrypted still
 does. What comes later is found in the next round.
 
 Source: rtnetlink(7); linux/xfrm.h. Every function here runs on the netlink thread.
@@ -14,11 +15,13 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from collections.abc import Iterable, Set
 from contextlib import closing
 
 from ipam_daemon import tc_program
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.rtnl import Channel, Message
+from podwire.bpf.tcx import Way, programs
 from podwire.nlattr import attributes
 
 _NETLINK_XFRM, _GET_POLICIES, _POLICIES = 6, 0x25, 1
@@ -49,7 +52,7 @@ class Onlookers:
 
     def of(self, ifindex: int, ifname: str, *, sends: bool) -> str:
         """Who looks at packets that the link takes in, in words, and at those that it `sends`; empty when nobody does.
-        Filters are not looked at."""
+        Filters and programs are `strangers`'."""
         kinds = self._kinds.get(ifindex, set())
         chosen = (kinds - tc_program.PLAIN - {"clsact"}) if sends else kinds & {"ingress"}
         if chosen:
@@ -59,6 +62,17 @@ class Onlookers:
     def with_filters(self) -> list[int]:
         """The links that have a place for filters."""
         return [ifindex for ifindex, kinds in self._kinds.items() if "clsact" in kinds]
+
+    def strangers(self, ifindex: int, ours: Set[str], *, sends: bool) -> bool:
+        """Whether anybody but programs of these names has a filter or program for what the link takes in, or sends."""
+        found = set(programs(ifindex, Way.IN).values()) | set(programs(ifindex, Way.OUT).values() if sends else ())
+        if self.has_filters(ifindex):
+            found |= self.filters(ifindex)
+        return bool(found - ours)
+
+    def links(self) -> Iterable[int]:
+        """All links."""
+        return self._kinds.keys()
 
     def filters(self, ifindex: int) -> frozenset[str]:
         """The names of the link's filters, "" for one that has none; the place for them is there."""

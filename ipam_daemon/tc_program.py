@@ -83,7 +83,7 @@ def list_filters(ifindex: int) -> tuple[Message, Message]:
 def read_qdisc(answer: bytes) -> Qdisc:
     """What an answer to `list_qdiscs` says."""
     _, ifindex, _, _, _ = _TC.unpack_from(answer)
-    return Qdisc(ifindex, dict(attributes(answer[_TC.size :])).get(_KIND, b"").rstrip(b"\0").decode())
+    return Qdisc(ifindex, dict(attributes(answer[_TC.size :])).get(_KIND, b"").rstrip(b"\0").decode(errors="replace"))
 
 
 def read_filter_name(answer: bytes) -> str | None:
@@ -95,4 +95,4 @@ def read_filter_name(answer: bytes) -> str | None:
     found = dict(attributes(answer[_TC.size :]))
     if found.get(_KIND, b"").rstrip(b"\0") != b"bpf":
         return ""
-    return dict(attributes(found.get(_OPTIONS, b""))).get(_BPF_NAME, b"").rstrip(b"\0").decode()
+    return dict(attributes(found.get(_OPTIONS, b""))).get(_BPF_NAME, b"").rstrip(b"\0").decode(errors="replace")

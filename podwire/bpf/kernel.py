@@ -6,7 +6,7 @@ descriptor is open, and so never longer than this process lives.
 
 Numbers are of linux/bpf.h. No library: what there is needs libbpf and a compiler's object files, for five system calls.
 
-Source: bpf(2); linux/bpf.h, union bpf_attr.
+Source: bpf(2); linux/bpf.h, union bpf_attr, whose numbers these are.
 """
 
 from __future__ import annotations
@@ -14,23 +14,20 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
 from podwire.bpf.btf import Btf, BtfError
+from podwire.bpf.syscall import Buffer, address, bpf, buffer, call, new_attributes
 
-_NUMBERS = {"x86_64": 321, "aarch64": 280}  # of bpf(2)
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROGRAM_LOAD = 0, 1, 2, 3, 5
 _INFO, _BTF_OF, _LINK_CREATE, _NEXT_BTF = 15, 19, 28, 23
 _SCHED_CLS, _TCX_INGRESS = 3, 46
-_ATTRIBUTES = 152  # bytes: as much of the union as is used here, the rest being 0
 _LOG = 1 << 18
 _LAST_LINES = 4
 _BTF_FOLDER = Path("/sys/kernel/btf")
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class MapKind(IntEnum):
@@ -52,30 +49,30 @@ class Map:
         """`key` and `value` are sizes in bytes; `name` has 15 characters at most. Raises OSError."""
         self._sizes = (key, value)
         self._per_cpu = kind is MapKind.ARRAY_PER_CPU
-        self.descriptor = _bpf(
+        self.descriptor = bpf(
             _MAP_CREATE, struct.pack("=IIIIIII16s", kind, key, value, entries, 0, 0, 0, name.encode())
         )
         """For the instructions that name the map."""
 
     def put(self, key: bytes, value: bytes) -> None:
         """Raises OSError; E2BIG when the map is full."""
-        with_key, with_value = _buffer(key), _buffer(value)
-        _bpf(_MAP_UPDATE, self._element(with_key, with_value))
+        with_key, with_value = buffer(key), buffer(value)
+        bpf(_MAP_UPDATE, self._element(with_key, with_value))
 
     def remove(self, key: bytes) -> bool:
         """False when there is no such key. Raises OSError."""
-        with_key = _buffer(key)  # which lives until the call is over: its address alone would not keep it
+        with_key = buffer(key)  # which lives until the call is over: its address alone would not keep it
         try:
-            _bpf(_MAP_DELETE, self._element(with_key))
+            bpf(_MAP_DELETE, self._element(with_key))
         except FileNotFoundError:
             return False
         return True
 
     def get(self, key: bytes) -> bytes | None:
         """None when there is no such key; of an array per CPU the values of all, one after another. Raises OSError."""
-        with_key, found = _buffer(key), ctypes.create_string_buffer(self._length())
+        with_key, found = buffer(key), ctypes.create_string_buffer(self._length())
         try:
-            _bpf(_MAP_LOOKUP, self._element(with_key, found))
+            bpf(_MAP_LOOKUP, self._element(with_key, found))
         except FileNotFoundError:
             return None
         return found.raw
@@ -88,8 +85,8 @@ class Map:
         _, value = self._sizes
         return (value + 7) // 8 * 8 * _possible_cpus() if self._per_cpu else value
 
-    def _element(self, key: ctypes.Array[ctypes.c_char], value: ctypes.Array[ctypes.c_char] | None = None) -> bytes:
-        return struct.pack("=I4xQQQ", self.descriptor, _address(key), _address(value), 0)
+    def _element(self, key: Buffer, value: Buffer | None = None) -> bytes:
+        return struct.pack("=I4xQQQ", self.descriptor, address(key), address(value), 0)
 
 
 def load(code: bytes, name: str, modules: Sequence[int] = ()) -> int:
@@ -108,32 +105,32 @@ def load(code: bytes, name: str, modules: Sequence[int] = ()) -> int:
         raise Refused(number, f"{os.strerror(number)}{f': {said}' if said else ''}", f"eBPF program {name}") from error
 
 
-def _load(code: bytes, name: str, modules: Sequence[int], log: ctypes.Array[ctypes.c_char] | None = None) -> int:
-    instructions, licence = _buffer(code), _buffer(b"GPL\0")  # the helpers' and conntrack's condition
-    places = _buffer(struct.pack(f"={len(modules) + 1}i", 0, *modules))
+def _load(code: bytes, name: str, modules: Sequence[int], log: Buffer | None = None) -> int:
+    instructions, licence = buffer(code), buffer(b"GPL\0")  # the helpers' and conntrack's condition
+    places = buffer(struct.pack(f"={len(modules) + 1}i", 0, *modules))
     level, length = (1, len(log)) if log else (0, 0)
     attributes = struct.pack(
         "=IIQQIIQII16sI",
         _SCHED_CLS,
         len(code) // 8,
-        _address(instructions),
-        _address(licence),
+        address(instructions),
+        address(licence),
         level,
         length,
-        _address(log),
+        address(log),
         0,
         0,
         name.encode(),
         0,
     )
-    fd_array = struct.pack("=Q", _address(places))
-    return _bpf(_PROGRAM_LOAD, attributes.ljust(120, b"\0") + fd_array)
+    fd_array = struct.pack("=Q", address(places))
+    return bpf(_PROGRAM_LOAD, attributes.ljust(120, b"\0") + fd_array)
 
 
 def attach_while_open(program: int, ifindex: int) -> int:
     """Runs a program for what an interface of this thread's namespace takes in, after all that others have attached, as
     long as the descriptor that is returned is open. Linux 6.6. Raises OSError."""
-    return _bpf(_LINK_CREATE, struct.pack("=IIII", program, ifindex, _TCX_INGRESS, 0))
+    return bpf(_LINK_CREATE, struct.pack("=IIII", program, ifindex, _TCX_INGRESS, 0))
 
 
 def read_btf() -> Btf:
@@ -151,7 +148,7 @@ def read_module_btf(name: str, base: Btf) -> tuple[Btf, int] | None:
         number = _next_btf(number)
         if not number:
             raise BtfError(f"the module {name} has BTF that cannot be opened")
-        descriptor = _bpf(_BTF_OF, struct.pack("=I", number))
+        descriptor = bpf(_BTF_OF, struct.pack("=I", number))
         if _btf_name(descriptor) == name:
             return types, descriptor
         os.close(descriptor)
@@ -166,9 +163,9 @@ def _read_btf(name: str, base: Btf | None) -> Btf:
 
 def _next_btf(number: int) -> int:
     """The number after this one, 0 when that was the last."""
-    attributes = ctypes.create_string_buffer(struct.pack("=II", number, 0), _ATTRIBUTES)
+    attributes = new_attributes(struct.pack("=II", number, 0))
     try:
-        _call(_NEXT_BTF, attributes)
+        call(_NEXT_BTF, attributes)
     except FileNotFoundError:
         return 0
     return int(struct.unpack_from("=I", attributes, 4)[0])
@@ -176,8 +173,8 @@ def _next_btf(number: int) -> int:
 
 def _btf_name(descriptor: int) -> str:
     name = ctypes.create_string_buffer(64)
-    info = ctypes.create_string_buffer(struct.pack("=QIIQII", 0, 0, 0, _address(name), len(name), 0), 32)
-    _bpf(_INFO, struct.pack("=IIQ", descriptor, len(info), _address(info)))
+    info = ctypes.create_string_buffer(struct.pack("=QIIQII", 0, 0, 0, address(name), len(name), 0), 32)
+    bpf(_INFO, struct.pack("=IIQ", descriptor, len(info), address(info)))
     return name.value.decode()
 
 
@@ -185,25 +182,3 @@ def _possible_cpus() -> int:
     """As many as the kernel has values of; they may be more than are there."""
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().replace("-", ",").split(",")[-1]
     return int(last) + 1
-
-
-def _buffer(content: bytes) -> ctypes.Array[ctypes.c_char]:
-    return ctypes.create_string_buffer(content, len(content))
-
-
-def _address(buffer: ctypes.Array[ctypes.c_char] | None) -> int:
-    return ctypes.addressof(buffer) if buffer is not None else 0
-
-
-def _bpf(command: int, attributes: bytes) -> int:
-    return _call(command, ctypes.create_string_buffer(attributes, _ATTRIBUTES))
-
-
-def _call(command: int, attributes: ctypes.Array[ctypes.c_char]) -> int:
-    number = _NUMBERS.get(platform.machine())
-    if number is None:
-        raise OSError(errno.ENOSYS, f"eBPF is not known on {platform.machine()}")
-    returned = int(_libc.syscall(number, command, attributes, _ATTRIBUTES))
-    if returned < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return returned

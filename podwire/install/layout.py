@@ -116,12 +116,13 @@ def script(
 
 
 def conflist(network: str) -> bytes:
-    """The network configuration list. It offers 1.1.0 beside 1.0.0: containerd 1.6 and 1.7 reject 1.1.0 alone."""
+    """The network configuration list. It offers 1.1.0 beside 1.0.0: containerd 1.6 and 1.7 reject 1.1.0 alone. `last`
+    is Podwire's: nothing follows (ipam_daemon/cni.py)."""
     configuration = {
         "name": network,
         "cniVersion": "1.0.0",
         "cniVersions": ["1.0.0", "1.1.0"],
-        "plugins": [{"type": EXECUTABLE, "capabilities": _CAPABILITIES}],
+        "plugins": [{"type": EXECUTABLE, "capabilities": _CAPABILITIES, "last": True}],
     }
     return json.dumps(configuration, indent=2).encode() + b"\n"
 

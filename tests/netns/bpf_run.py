@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import struct
 
-from podwire.bpf import kernel
+from podwire.bpf.syscall import call
 
 _PROGRAM_RUN = 10
 _CONTEXT, _IFINDEX, _GSO_SIZE = 192, 40, 176  # struct __sk_buff
@@ -30,6 +30,6 @@ def run(program: int, frame: bytes, ifindex: int, gso_size: int = 0) -> tuple[in
         struct.pack("=IIIIQQIIIIQQ", program, 0, len(frame), len(out), *places[:2], 1, 0, _CONTEXT, 0, places[2], 0),
         152,
     )
-    kernel._call(_PROGRAM_RUN, attributes)
+    call(_PROGRAM_RUN, attributes)
     returned, _, length = struct.unpack_from("=iII", attributes, 4)
     return returned, out.raw[:length]
