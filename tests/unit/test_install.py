@@ -53,7 +53,11 @@ def test_what_lies_there_afterwards(tmp_path: Path) -> None:
         "cniVersion": "1.0.0",
         "cniVersions": ["1.0.0", "1.1.0"],
         "plugins": [
-            {"type": "podwire", "capabilities": dict.fromkeys(("bandwidth", "ips", "mac", "portMappings"), True)}
+            {
+                "type": "podwire",
+                "capabilities": dict.fromkeys(("bandwidth", "ips", "mac", "portMappings"), True),
+                "last": True,
+            }
         ],
     }
     assert version_of(executable) == "1.1.0"
