@@ -25,13 +25,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from ipam_daemon.fastpath_program import COUNT_BYTES, FROM_NODE, KEY_BYTES, LEASE_BYTES, POD_BYTES, TO_NODE, TO_POD
 from podwire import netns
-from podwire.bpf import kernel
+from podwire.bpf import kernel, tcx
+from podwire.bpf.syscall import bpf
 from podwire.lab import cluster, node
 from podwire.lab.state import LabState, plan_nodes
 from tests.netns.containers import CONFIG, Answer, Container, know_each_other, on_node, status, wait
@@ -47,6 +48,7 @@ _RCVBUFFORCE, _ROOM = 33, 1 << 22  # for seconds in which this process does not 
 _PATIENCE = 90.0
 _LAST = 10.0  # seconds in which an answer may come that is on its way
 _numbers = itertools.count(1)
+T = TypeVar("T")
 _SEVERAL = 40
 """Messages by which it is told whether a connection is fast."""
 
@@ -54,8 +56,8 @@ _SEVERAL = 40
 # --- connections --------------------------------------------------------------------------------------------------
 
 
-def inside(path: str | Path, make: Callable[[], socket.socket]) -> socket.socket:
-    """A socket of the network namespace at `path`."""
+def inside(path: str | Path, make: Callable[[], T]) -> T:
+    """What is made, or found, in the network namespace at `path`."""
     descriptor = netns.open_netns(str(path))
     try:
         with netns.inside(descriptor):
@@ -431,9 +433,12 @@ def programs(lab: LabState, name: str) -> dict[str, list[str]]:
 
 
 def _programs(lab: LabState, name: str, link: str) -> list[tuple[str, int]]:
+    """By tc's filters, and by TCX."""
     shown = on_node(lab, name, "tc", "-j", "filter", "show", "dev", link, "ingress").stdout or "[]"
     options = [each["options"] for each in json.loads(shown) if "options" in each]
-    return [(str(each["bpf_name"]), int(each["prog"]["id"])) for each in options if "podwire" in str(each)]
+    found = [(str(each["bpf_name"]), int(each["prog"]["id"])) for each in options if "podwire" in str(each)]
+    beside = inside(lab.netns(name), lambda: tcx.programs(socket.if_nametoindex(link), tcx.Way.IN))
+    return found + [(each, number) for number, each in beside.items() if each.startswith("podwire")]
 
 
 class Maps:
@@ -441,7 +446,7 @@ class Maps:
 
     def __init__(self, lab: LabState, name: str, link: str) -> None:
         ((_, program),) = _programs(lab, name, link)
-        descriptor = kernel._bpf(_PROGRAM_BY_ID, struct.pack("=I", program))
+        descriptor = bpf(_PROGRAM_BY_ID, struct.pack("=I", program))
         try:
             numbers = (ctypes.c_uint32 * 8)()
             info = ctypes.create_string_buffer(256)
@@ -480,7 +485,7 @@ class Maps:
 
 def _open(number: int) -> tuple[str, kernel.Map]:
     """A map by its number, and its name."""
-    descriptor = kernel._bpf(_MAP_BY_ID, struct.pack("=I", number))
+    descriptor = bpf(_MAP_BY_ID, struct.pack("=I", number))
     info = ctypes.create_string_buffer(128)
     _ask(descriptor, info)
     found = kernel.Map.__new__(kernel.Map)
@@ -490,7 +495,7 @@ def _open(number: int) -> tuple[str, kernel.Map]:
 
 
 def _ask(descriptor: int, info: ctypes.Array[ctypes.c_char]) -> None:
-    kernel._bpf(_INFO, struct.pack("=IIQ", descriptor, len(info), ctypes.addressof(info)))
+    bpf(_INFO, struct.pack("=IIQ", descriptor, len(info), ctypes.addressof(info)))
 
 
 def _next_key(of: kernel.Map, key: bytes) -> bytes:
@@ -498,7 +503,7 @@ def _next_key(of: kernel.Map, key: bytes) -> bytes:
     given, found = ctypes.create_string_buffer(key, KEY_BYTES), ctypes.create_string_buffer(KEY_BYTES)
     pointer = ctypes.addressof(given) if key else 0
     try:
-        kernel._bpf(_NEXT_KEY, struct.pack("=I4xQQ", of.descriptor, pointer, ctypes.addressof(found)))
+        bpf(_NEXT_KEY, struct.pack("=I4xQQ", of.descriptor, pointer, ctypes.addressof(found)))
     except FileNotFoundError:
         return b""
     return found.raw
