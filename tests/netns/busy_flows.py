@@ -24,12 +24,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
 from ipam_daemon.fastpath_program import COUNT_BYTES, FROM_NODE, KEY_BYTES, LEASE_BYTES, POD_BYTES, TO_NODE, TO_POD
+from ipam_daemon.faults import VARIABLE
 from podwire import netns
 from podwire.bpf import kernel, tcx
 from podwire.bpf.syscall import bpf
@@ -341,10 +343,16 @@ def quick_lab(proxy: str = "none") -> Iterator[LabState]:
     plain = node.daemon_config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(node, "daemon_config", lambda *of: plain(*of) | {"fastPathAfter": 0.0, "cooldown": 0.0})
+        patch.setenv(VARIABLE, str(_fault(state)))
         try:
             yield know_each_other(cluster.up(state))
         finally:
             cluster.down(state.name)
+
+
+def _fault(lab: LabState) -> Path:
+    """What the daemons are made to do at which point (ipam_daemon/faults.py)."""
+    return lab.files.folder / "fault"
 
 
 class Pod:
@@ -372,6 +380,24 @@ class Pod:
     def delete(self) -> None:
         """Its DEL."""
         assert self.box.call("DEL").code == 0
+
+
+@contextlib.contextmanager
+def dying(pod: Pod) -> Iterator[None]:
+    """Its DEL is as good as answered when the block begins: its wire is dead, and stays so long as it is to be seen
+    that nothing passes it; it would be deleted a moment later."""
+    lab = pod.box.lab
+    _fault(lab).write_text("del.released delay 2")
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            answered = pool.submit(pod.delete)
+            shown = ("ip", "-j", "link", "show", "dev", pod.port)
+            wait(lambda: '"UP"' not in on_node(lab, pod.node, *shown).stdout, "the wire to be dead")
+            yield
+            assert on_node(lab, pod.node, *shown).returncode == 0, "it was there all the time"
+            answered.result()
+    finally:
+        _fault(lab).unlink()
 
 
 # --- what is fast -------------------------------------------------------------------------------------------------
@@ -437,7 +463,9 @@ def _programs(lab: LabState, name: str, link: str) -> list[tuple[str, int]]:
     shown = on_node(lab, name, "tc", "-j", "filter", "show", "dev", link, "ingress").stdout or "[]"
     options = [each["options"] for each in json.loads(shown) if "options" in each]
     found = [(str(each["bpf_name"]), int(each["prog"]["id"])) for each in options if "podwire" in str(each)]
-    beside = inside(lab.netns(name), lambda: tcx.programs(socket.if_nametoindex(link), tcx.Way.IN))
+    beside: dict[int, str] = {}
+    with contextlib.suppress(OSError):  # it is gone since
+        beside = inside(lab.netns(name), lambda: tcx.programs(socket.if_nametoindex(link), tcx.Way.IN))
     return found + [(each, number) for number, each in beside.items() if each.startswith("podwire")]
 
 

@@ -31,6 +31,7 @@ from tests.netns.busy_flows import (
     Echo,
     Maps,
     Pod,
+    dying,
     message,
     metric,
     moments,
@@ -134,9 +135,11 @@ def test_nothing_reaches_a_pod_whose_del_was_answered(lab: LabState, trio: Trio)
         stack.enter_context(Echo(pod.netns))
         flows = [stack.enter_context(Busy(*each)) for each in to_all(trio, pod)]
         until_fast(lab, *flows)
+        assert [each.lost() for each in flows] == [[]] * len(flows), "nor is anything lost when it becomes fast"
         with undisturbed(*steady):
-            pod.delete()
-            since = moments(*flows)
+            with dying(pod):
+                since = moments(*flows)
+                assert nothing_since(ear, since) == {}
             assert not set(pod.at.values()) & known(lab, "node1", trio.client.port)
             assert nothing_since(ear, since) == {}
         assert ear.latest, "it heard what came before"
@@ -323,6 +326,17 @@ def restart(
     node.wait_daemon(lab, name)
 
 
+@contextlib.contextmanager
+def without_daemon(lab: LabState, name: str) -> Iterator[None]:
+    """It was killed; there is the next one after the block."""
+    node.kill_daemon(lab, name)
+    try:
+        yield
+    finally:
+        node.start_daemon(lab, name)
+        node.wait_daemon(lab, name)
+
+
 def until_answering(lab: LabState, name: str) -> None:
     """Returns when a node's daemon answers, ready or not."""
     wait(lambda: daemon_status(lab.files.ipamd_socket(name)) is not None, f"the daemon of {name}")
@@ -339,15 +353,12 @@ def test_connections_need_no_daemon_and_notice_none(lab: LabState, trio: Trio) -
     with contextlib.ExitStack() as stack:
         flows = trio.flows(stack)
         with undisturbed(*flows):
-            node.kill_daemon(lab, "node1")
-            with Maps(lab, "node1", trio.client.port) as maps:
+            with without_daemon(lab, "node1"), Maps(lab, "node1", trio.client.port) as maps:
                 for each in flows:
                     others = [one for one in flows if one is not each]
                     assert share(each, maps.taken, others) > 0.9, "nobody is needed for that"
                 maps.expire()
                 assert [share(each, maps.taken) for each in flows] == [0.0] * 4
-            node.start_daemon(lab, "node1")
-            node.wait_daemon(lab, "node1")
             until_fast(lab, *flows)
             assert programs(lab, "node1") == ours(trio, "node1")
             restart(lab, "node1", node.stop_daemon)
@@ -368,10 +379,10 @@ def test_what_a_daemon_has_left_ends_before_the_next_one_answers(lab: LabState, 
         with undisturbed(*flows):
             restart(lab, "node1", fastPath=False)
             try:
-                pod.delete()
-                since = moments(*to_it)
-                assert nothing_since(ear, since) == {}
-                assert programs(lab, "node1") == {}
+                with dying(pod):
+                    since = moments(*to_it)
+                    assert nothing_since(ear, since) == {}
+                wait(lambda: programs(lab, "node1") == {}, "nothing of it to be left on any link")
                 assert status(lab, "node1").fast_path == "off: fastPath is false"
             finally:
                 restart(lab, "node1", fastPath=True)
