@@ -54,7 +54,7 @@ from ipam_daemon.model import Attachment
 from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, tolerating, write_sysctl
 from ipam_daemon.onlookers import Onlookers, has_ipsec
 from ipam_daemon.plan import VXLAN, NodePlan
-from ipam_daemon.rtnl import get_link, is_port_of
+from ipam_daemon.rtnl import get_link, is_ethernet, is_port_of
 from podwire.bpf import kernel, tcx
 from podwire.bpf.btf import BtfError
 from podwire.errors import PodwireError
@@ -256,7 +256,7 @@ class FastPath:
             bridge_mac=plan.bridge.mac,
             pools=plan.bridge.pools,
             vxlan=index_of(VXLAN) if devices else 0,
-            underlay=tuple(filter(None, map(index_of, devices[1:]))),
+            underlay=tuple(index for index in map(index_of, devices[1:]) if index and self._is_ethernet(index)),
             tcp_lasts=int(read_sysctl(_TCP_LASTS) or 0),
             udp_lasts=int(read_sysctl(_UDP_LASTS) or 0),
         )
@@ -277,6 +277,11 @@ class FastPath:
         for link in self._links.values():
             os.close(link)
         self._links = {}
+
+    def _is_ethernet(self, ifindex: int) -> bool:
+        """Others have frames of another shape (WireGuard's, say), or none."""
+        (link,) = self._thread.channel.exchange([get_link(ifindex)])
+        return is_ethernet(link)
 
     def _attach(self, ifindex: int, ifname: str, where: Where, onlookers: Onlookers) -> bool:
         """Runs the program for what a link of ours takes in. False where the kernel cannot."""

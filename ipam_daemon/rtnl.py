@@ -46,6 +46,7 @@ _RTA_OIF, _RTA_GATEWAY = 4, 5
 _IFF_UP, _IFA_F_NODAD, _SKIP_STATS = 0x1, 0x02, 1 << 3
 _TABLE_MAIN, _PROTOCOL_STATIC, _SCOPE_UNIVERSE, _TYPE_UNICAST = 254, 4, 0, 1
 _OPERSTATE_UP = 6
+_ETHERNET = 1  # linux/if_arp.h
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
@@ -152,6 +153,11 @@ def mtu_of(link: bytes) -> int:
     """The MTU of the link in an answer to `get_link`, in bytes."""
     found = _find(link, _IFLA_MTU)
     return int(_U32.unpack(found)[0]) if found else 0
+
+
+def is_ethernet(link: bytes) -> bool:
+    """Whether the frames of the link in an answer to `get_link` are Ethernet's (ARPHRD_ETHER)."""
+    return bool(_LINK.unpack_from(link)[1] == _ETHERNET)
 
 
 def is_port_of(link: bytes, bridge: int) -> bool:
