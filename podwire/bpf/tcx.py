@@ -14,6 +14,7 @@ import errno
 import os
 import struct
 from collections.abc import Set
+from contextlib import suppress
 from enum import IntEnum
 
 from podwire.bpf.syscall import address, bpf, call, new_attributes
@@ -54,7 +55,8 @@ def attach(program: int, ifindex: int, instead_of: Set[str]) -> None:
         return
     replaced = bpf(_PROGRAM_OF, struct.pack("=I", old))
     try:
-        bpf(_PROGRAM_ATTACH, struct.pack("=IIIII", ifindex, program, Way.IN, _REPLACE, replaced))
+        with suppress(FileExistsError):  # it is this program itself
+            bpf(_PROGRAM_ATTACH, struct.pack("=IIIII", ifindex, program, Way.IN, _REPLACE, replaced))
     finally:
         os.close(replaced)
 
