@@ -139,8 +139,8 @@ def test_nothing_reaches_a_pod_whose_del_was_answered(lab: LabState, trio: Trio)
         with undisturbed(*steady):
             with dying(pod):
                 since = moments(*flows)
+                assert not set(pod.at.values()) & known(lab, "node1", trio.client.port)
                 assert nothing_since(ear, since) == {}
-            assert not set(pod.at.values()) & known(lab, "node1", trio.client.port)
             assert nothing_since(ear, since) == {}
         assert ear.latest, "it heard what came before"
         first = pod.at
