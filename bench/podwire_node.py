@@ -39,7 +39,7 @@ class PodwireNode:
     def __init__(
         self, namespace: Namespace, process: subprocess.Popen[bytes], executable: Path, etcd: EtcdServer, socket: Path
     ) -> None:
-        self.contender = Contender("Podwire", namespace, executable, {"type": "podwire"})
+        self.contender = Contender("Podwire", namespace, executable, {"type": "podwire", "last": True})
         self.etcd = etcd
         self.socket = socket
         """Where the daemon listens."""
