@@ -36,7 +36,7 @@ def run(stage: Stage, rounds: int) -> Report:
     samples: Samples = {}
     with podwire_node(stage, "chain-ours") as node:
         plain = node.contender
-        ours = Chained(_OURS, plain.node, plain.executable, {"type": "podwire"}, own=_CAPABILITIES)
+        ours = Chained(_OURS, plain.node, plain.executable, {"type": "podwire", "last": True}, own=_CAPABILITIES)
         chain = reference_chain(stage, "chain-theirs", _CHAIN)
         plain.name = _PLAIN
         contenders = [ours, chain, plain, reference_node(stage, "chain-bare", _BARE, masquerade=False)]
