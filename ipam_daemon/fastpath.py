@@ -305,6 +305,7 @@ class FastPath:
                 if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):
                     raise Unsupported("the kernel has no cls_bpf, not as a module either") from error
                 raise
+            tcx.detach(ifindex, _NAMES)  # there was no place for filters then
             return
         try:
             tcx.attach(program, ifindex, _NAMES)
@@ -347,8 +348,12 @@ class FastPath:
 
     def _is_watched(self, onlookers: Onlookers, ifindex: int, ifname: str, *, sends: bool) -> bool:
         why = onlookers.of(ifindex, ifname, sends=sends)
-        if not why and onlookers.strangers(ifindex, _NAMES, sends=sends):
-            why = "it has filters or programs of somebody else"
+        if not why:
+            found = onlookers.programs(ifindex, sends=sends)
+            if found - _NAMES:
+                why = "it has filters or programs of somebody else"
+            if not found & _NAMES:  # somebody took ours away
+                self._attached.pop(ifindex, None)
         if why:
             self.passed_over[ifname] = why
         return bool(why)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from contextlib import closing
 
 from ipam_daemon import tc_program
@@ -52,7 +52,7 @@ class Onlookers:
 
     def of(self, ifindex: int, ifname: str, *, sends: bool) -> str:
         """Who looks at packets that the link takes in, in words, and at those that it `sends`; empty when nobody does.
-        Filters and programs are `strangers`'."""
+        For filters and programs there is `programs`."""
         kinds = self._kinds.get(ifindex, set())
         chosen = (kinds - tc_program.PLAIN - {"clsact"}) if sends else kinds & {"ingress"}
         if chosen:
@@ -63,12 +63,10 @@ class Onlookers:
         """The links that have a place for filters."""
         return [ifindex for ifindex, kinds in self._kinds.items() if "clsact" in kinds]
 
-    def strangers(self, ifindex: int, ours: Set[str], *, sends: bool) -> bool:
-        """Whether anybody but programs of these names has a filter or program for what the link takes in, or sends."""
+    def programs(self, ifindex: int, *, sends: bool) -> frozenset[str]:
+        """The names of the filters and programs for what the link takes in, and for what it `sends`."""
         found = set(programs(ifindex, Way.IN).values()) | set(programs(ifindex, Way.OUT).values() if sends else ())
-        if self.has_filters(ifindex):
-            found |= self.filters(ifindex)
-        return bool(found - ours)
+        return self.filters(ifindex) | found if self.has_filters(ifindex) else frozenset(found)
 
     def links(self) -> Iterable[int]:
         """All links."""
