@@ -8,9 +8,9 @@ until then a test about the fast path would be one about the long way.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import http.client
+import itertools
 import os
 import re
 import socket
@@ -20,22 +20,22 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 from uuid import uuid4
 
 import pytest
 
-from ipam_daemon.fastpath_program import Where
 from podwire import netns
-from podwire.bpf import kernel
+from podwire.bpf import tcx
+from podwire.errors import PodwireError
 from podwire.lab import cluster, node
 from podwire.lab.state import LabState, plan_nodes
-from tests.netns.containers import Container, containers, know_each_other, nothing_is_held, on_node, status, wait
+from tests.netns.containers import Container, add, containers, know_each_other, on_node, pod_links, status, wait
 
 DUAL = "10.244.0.0/16,fd00:10:244::/56"
 PATIENCE = 60.0  # seconds of a socket's
-_PROG_QUERY, _FD_BY_ID, _INFO, _TCX_INGRESS = 16, 13, 15, 46  # linux/bpf.h
 _COUNTER = re.compile(r'^podwire_fast_path_packets(?:_total)?\{way="([a-z-]+)"\} (\S+)$', re.MULTILINE)
+_numbers = itertools.count(1)
 T = TypeVar("T")
 
 
@@ -66,9 +66,8 @@ def trio(lab: LabState) -> Iterator[list[Pod]]:
 class Pod:
     """A container with a network, and its addresses by family."""
 
-    def __init__(self, box: Container) -> None:
-        self.box, self.lab, self.node = box, box.lab, box.node
-        self.result = box.call("ADD").body
+    def __init__(self, box: Container, result: dict[str, Any]) -> None:
+        self.box, self.lab, self.node, self.result = box, box.lab, box.node, result
         found = [each["address"].split("/")[0] for each in self.result["ips"]]
         self.addresses = {6 if ":" in each else 4: each for each in found}
         self.port = next(each["name"] for each in self.result["interfaces"] if "sandbox" not in each)
@@ -94,17 +93,17 @@ def inside(path: str | Path, make: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def pods(lab: LabState, *nodes: str) -> Iterator[list[Pod]]:
+def pods(lab: LabState, *nodes: str, config: dict[str, Any] | None = None) -> Iterator[list[Pod]]:
     """A pod on each of the nodes, in this order; deleted and gone afterwards."""
     with contextlib.ExitStack() as stack:
         made: list[Pod] = []
-        for number, name in enumerate(nodes):
-            (box,) = stack.enter_context(containers(lab, name, f"fast{number}-", 1))
+        for name in nodes:
+            (box,) = stack.enter_context(containers(lab, name, f"fast{next(_numbers)}-", 1))
             stack.callback(box.call, "DEL")
-            made.append(Pod(box))
+            made.append(Pod(box, add(box, config).body))
         yield made
-    for name in set(nodes):
-        wait(partial(nothing_is_held, lab, name), f"{name} to be empty")
+    ports = {each.port for each in made}
+    wait(lambda: not any(ports & pod_links(lab, name) for name in nodes), "the pods to be gone")
 
 
 # --- connections --------------------------------------------------------------------------------------------------
@@ -179,8 +178,11 @@ class Flow:
 
     def until_fast(self) -> None:
         """Returns when it is fast."""
-        said = [f"{name}: {status(self.here.lab, name).fast_path}" for name in {self.here.node, self.there.node}]
-        wait(partial(self._settled, self.is_fast), f"{self._what} to be fast ({'; '.join(said)})")
+        try:
+            wait(partial(self._settled, self.is_fast), f"{self._what} to be fast")
+        except PodwireError as error:
+            said = [f"{name}: {status(self.here.lab, name).fast_path}" for name in {self.here.node, self.there.node}]
+            raise AssertionError(f"{error}; {'; '.join(said)}") from error
 
     def until_slow(self) -> None:
         """Returns when none of its packets is fast."""
@@ -330,41 +332,20 @@ def counts(lab: LabState, name: str) -> dict[str, int]:
     return dict.fromkeys(("pod", "node", "from-node"), 0) | found  # a daemon that has just begun has none
 
 
-def links_of_ours(lab: LabState, name: str, device: str) -> list[str]:
-    """The names of the programs that an interface runs by way of TCX for what it takes in."""
-
-    def ask() -> list[str]:
-        programs = (ctypes.c_uint32 * 16)()
-        asked = struct.pack(
-            "=IIIIQI", socket.if_nametoindex(device), _TCX_INGRESS, 0, 0, ctypes.addressof(programs), len(programs)
-        )
-        attributes = ctypes.create_string_buffer(asked, kernel._ATTRIBUTES)
-        kernel._call(_PROG_QUERY, attributes)
-        (count,) = struct.unpack_from("=I", attributes, 24)
-        return [_program_name(number) for number in programs[:count]]
-
-    return inside(lab.netns(name), ask)
+def programs_of_ours(lab: LabState, name: str, device: str) -> list[str]:
+    """The names of our programs that an interface runs for what it takes in: of tc's filters, then of TCX."""
+    filtered = re.findall(r"(podwire_\w+) direct-action", filters(lab, name, device))
+    return filtered + sorted(_of_tcx(lab, name, device))
 
 
-def _program_name(number: int) -> str:
-    program = kernel._bpf(_FD_BY_ID, struct.pack("=I", number))
-    try:
-        info = ctypes.create_string_buffer(256)
-        kernel._bpf(_INFO, struct.pack("=IIQ", program, len(info), ctypes.addressof(info)))
-        return info.raw[64:80].rstrip(b"\0").decode()  # struct bpf_prog_info
-    finally:
-        os.close(program)
+def _of_tcx(lab: LabState, name: str, device: str) -> list[str]:
+    return inside(lab.netns(name), lambda: list(tcx.programs(socket.if_nametoindex(device), tcx.Way.IN).values()))
 
 
 def filters(lab: LabState, name: str, device: str) -> str:
     """tc's filters of an interface, both ways, as `tc` shows them."""
     shown = (on_node(lab, name, "tc", "filter", "show", "dev", device, way).stdout for way in ("ingress", "egress"))
     return "".join(shown)
-
-
-def has_program(lab: LabState, name: str, device: str, where: Where) -> bool:
-    """Whether an interface runs our program by way of tc."""
-    return f"{where.value} direct-action" in filters(lab, name, device)
 
 
 def tracked(lab: LabState, name: str, flow: Flow) -> list[tuple[int, str]]:

@@ -63,7 +63,7 @@ def nothing_invalid(lab: LabState, *nodes: str) -> Iterator[None]:
 # --- how long it knows --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("family", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_flow_that_is_fast_for_long_stays_known(trio: list[Pod], family: int) -> None:
     """What conntrack would forget in 20 s it is shown: so an entry of 23 s never has less than 19 left."""
     here, _, there = trio

@@ -28,10 +28,9 @@ from tests.netns.fast_fixtures import (
     Tcp,
     Udp,
     counts,
-    has_program,
     lab,
-    links_of_ours,
     pods,
+    programs_of_ours,
     small_lab,
     succeed,
     trio,
@@ -88,7 +87,7 @@ def every_way(lab: LabState) -> None:
                         carries(flow, mtu)
 
 
-@pytest.mark.parametrize("backend", ["vxlan", "direct", "auto"])
+@pytest.mark.parametrize("backend", ["vxlan", "direct", pytest.param("auto", marks=pytest.mark.slow)])
 def test_a_fast_connection_carries_all_that_it_is_given(lab: LabState, backend: str) -> None:
     with chosen(lab, backend):
         every_way(lab)
@@ -147,10 +146,9 @@ def until_counted(flow: Flow) -> None:
     wait(grow, "the connection to be fast")
 
 
-def arrival_programs(lab: LabState, name: str) -> dict[str, list[str]]:
+def looking(lab: LabState, name: str) -> dict[str, list[str]]:
     """What looks at packets from other nodes, by device."""
-    tunnel = [Where.ARRIVING.value] if has_program(lab, name, "pw-vxlan", Where.ARRIVING) else []
-    return {"eth0": links_of_ours(lab, name, "eth0"), "pw-vxlan": tunnel}
+    return {device: programs_of_ours(lab, name, device) for device in ("eth0", "pw-vxlan")}
 
 
 def test_the_backend_changes_under_a_fast_connection(lab: LabState) -> None:
@@ -160,21 +158,23 @@ def test_the_backend_changes_under_a_fast_connection(lab: LabState) -> None:
             demo.set_backend(lab, backend)
             wanted = {"eth0": [] if backend == "vxlan" else ours, "pw-vxlan": ours}
             for name in ("node1", "node2"):
-                wait(lambda: arrival_programs(lab, name) == wanted, f"the programs of {backend} on {name}")  # noqa: B023
+                wait(lambda: looking(lab, name) == wanted, f"the programs of {backend} on {name}")  # noqa: B023
             until_counted(flow)
         assert datagrams.lost() == 0
         assert talk.harm() == []
 
 
-def test_the_vni_changes_under_a_fast_connection(lab: LabState) -> None:
+def test_the_vni_changes_under_a_fast_connection(trio: list[Pod]) -> None:
     """The device is made anew, so what is on its way is lost; nothing after it is."""
-    with pods(lab, "node1", "node2") as (here, there), Tcp(here, there) as flow:
+    here, _, there = trio
+    lab = here.lab
+    with Tcp(here, there) as flow:
         flow.until_fast()
         try:
             podwire(lab, "node1", "cluster", "set", "--vni", "7")
             wait(partial(have_vni, lab, 7), "VNI 7")
             flow.until_fast()
-            assert arrival_programs(lab, "node1") == {"eth0": [], "pw-vxlan": [Where.ARRIVING.value]}
+            assert looking(lab, "node1") == {"eth0": [], "pw-vxlan": [Where.ARRIVING.value]}
             flow.carry(MEGABYTES << 20)
         finally:
             podwire(lab, "node1", "cluster", "set", "--vni", "1")
@@ -182,7 +182,7 @@ def test_the_vni_changes_under_a_fast_connection(lab: LabState) -> None:
         flow.until_fast()
 
 
-@pytest.mark.parametrize("backend", ["vxlan", "direct"])
+@pytest.mark.parametrize("backend", ["vxlan", pytest.param("direct", marks=pytest.mark.slow)])
 def test_the_mtu_of_the_underlay_changes_under_a_fast_connection(lab: LabState, backend: str) -> None:
     with chosen(lab, backend), busy(lab) as (flow, datagrams), Tcp(flow.here, flow.there, 6) as stream:
         stream.until_fast()
