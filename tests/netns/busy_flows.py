@@ -25,8 +25,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 
@@ -163,6 +164,8 @@ class Echo(_Work):
 class Busy(_Work):
     """A connection from a namespace to an address that an Echo listens at, with messages from beginning to end."""
 
+    alive: ClassVar[set[Busy]] = set()
+
     def __init__(self, path: str | Path, to: str, kind: int = UDP, port: int = PORT, own_port: int = 0) -> None:
         self.number, self.sent, self.answered = next(_numbers), 0, set[int]()
         self.errors: list[str] = []
@@ -183,6 +186,7 @@ class Busy(_Work):
             self._socket.close()
             raise
         super().__init__()
+        self.alive.add(self)
 
     def __enter__(self) -> Busy:
         return self
@@ -263,6 +267,7 @@ class Busy(_Work):
             time.sleep(_PAUSE)
 
     def _close(self) -> None:
+        self.alive.discard(self)
         self._socket.close()
 
 
@@ -421,10 +426,10 @@ def taken(lab: LabState, name: str) -> int:
     return metric(lab, name, node.METRICS_PORT, "podwire_fast_path_packets_total")
 
 
-def share(flow: Busy, counter: Callable[[], int], others: Sequence[Busy] = ()) -> float:
-    """Of a connection's packets, how many a counter counts, while others rest: 2 for every message when all do."""
+def share(flow: Busy, counter: Callable[[], int]) -> float:
+    """Of a connection's packets, what part a counter counts, while all others rest: two a message are all of them."""
     with contextlib.ExitStack() as stack:
-        for each in others:
+        for each in Busy.alive - {flow}:
             stack.enter_context(each.resting())
         flow.is_answered(5)
         before, first = counter(), len(flow.answered)
@@ -433,16 +438,16 @@ def share(flow: Busy, counter: Callable[[], int], others: Sequence[Busy] = ()) -
         return (last - before) / (now - first) / 2
 
 
-def until_fast(lab: LabState, *flows: Busy, at: Sequence[str] = ("node1",), others: Sequence[Busy] = ()) -> None:
-    """Returns when each of the connections is fast at each of the nodes, both ways. `others` rest meanwhile."""
+def until_fast(lab: LabState, *flows: Busy, at: Sequence[str] = ("node1",)) -> None:
+    """Returns when each of the connections is fast at each of the nodes, both ways."""
 
     def is_fast(flow: Busy, name: str) -> bool:
-        return share(flow, lambda: taken(lab, name), [each for each in (*flows, *others) if each is not flow]) > 0.9
+        return share(flow, lambda: taken(lab, name)) > 0.9
 
     for name in at:
         for flow in flows:
-            what = f"connection {flow.number} to be fast at {name} ({status(lab, name).fast_path})"
-            wait(lambda flow=flow, name=name: is_fast(flow, name), what)  # type: ignore[misc]
+            what = f"connection {flow} to be fast at {name} ({status(lab, name).fast_path})"
+            wait(partial(is_fast, flow, name), what)
 
 
 # --- what the kernel has ------------------------------------------------------------------------------------------

@@ -249,8 +249,8 @@ def test_nobody_speaks_on_a_connection_of_another(lab: LabState, trio: Trio, on:
             stack.enter_context(Busy(pod.netns, target.at[family], kind, own_port=7001 if kind == UDP else 0))
             for pod, family, kind in begin
         ]
-        until_fast(lab, *flows[:3], others=flows[3:])
-        until_fast(lab, *flows[3:], at=[on], others=flows[:3])
+        until_fast(lab, *flows[:3])
+        until_fast(lab, *flows[3:], at=[on])
         before = {reason: counted(lab, on, reason) for reason in ("address", "mac")}
         mac = target.mac if on == target.node else mac_of(ipaddress.ip_address(liar.gateway[4]))
         frames = spoofs(liar, client, target, mac, flows[:3])
@@ -301,14 +301,14 @@ def test_a_port_of_the_node_leads_to_a_pod_and_back(lab: LabState, trio: Trio) -
                 until_fast(lab, direct, at=["node1", at])
                 with Busy(client.netns, host, port=8080, own_port=7010) as by_port:
                     by_port.is_answered()
-                    assert share(by_port, lambda: taken(lab, "node1"), [direct]) < BARELY
+                    assert share(by_port, lambda: taken(lab, "node1")) < BARELY
                     with undisturbed(direct, by_port):
-                        until_fast(lab, direct, others=[by_port])
+                        until_fast(lab, direct)
             with Busy(client.netns, host, port=8080, own_port=7011) as by_port:
                 by_port.is_answered()
                 with Busy(client.netns, pod.at[4], own_port=7011) as direct, undisturbed(by_port):
                     direct.is_answered()
-                    assert share(by_port, lambda: taken(lab, "node1"), [direct]) < BARELY
+                    assert share(by_port, lambda: taken(lab, "node1")) < BARELY
                     assert direct.lost(2) == []
 
 
@@ -355,8 +355,7 @@ def test_connections_need_no_daemon_and_notice_none(lab: LabState, trio: Trio) -
         with undisturbed(*flows):
             with without_daemon(lab, "node1"), Maps(lab, "node1", trio.client.port) as maps:
                 for each in flows:
-                    others = [one for one in flows if one is not each]
-                    assert share(each, maps.taken, others) > 0.9, "nobody is needed for that"
+                    assert share(each, maps.taken) > 0.9, "nobody is needed for that"
                 maps.expire()
                 assert [share(each, maps.taken) for each in flows] == [0.0] * 4
             until_fast(lab, *flows)

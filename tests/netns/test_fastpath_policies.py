@@ -149,7 +149,7 @@ def test_a_policy_cuts_what_it_forbids_and_nothing_else(place: Place, target: st
         with undisturbed(*steady):
             open_ports = [{"port": PORT, "protocol": each} for each in ("TCP", "UDP")]
             with undisturbed(*forbidden), place.having(policy("lets-it", target, *open_ports)):
-                until_fast(place.lab, *forbidden, others=steady)
+                until_fast(place.lab, *forbidden)
             before = place.cut(on)
             # An answer on its way while the connection is cut would begin one itself, were it allowed to.
             both, only = ("Ingress", "Egress"), {"port": PORT + 1, "protocol": "TCP"}
@@ -159,7 +159,7 @@ def test_a_policy_cuts_what_it_forbids_and_nothing_else(place: Place, target: st
                 assert nothing_since(echo, since) == {}
         for each in forbidden:  # it is allowed again: TCP tries again by itself, the longer it was silent the later
             each.is_answered()
-        until_fast(place.lab, *forbidden, others=steady)
+        until_fast(place.lab, *forbidden)
 
 
 # --- Services -----------------------------------------------------------------------------------------------------
@@ -184,14 +184,14 @@ def test_a_service_is_answered_as_itself_beside_a_direct_connection(place: Place
         until_fast(place.lab, direct, at=nodes)
         with place.begin(to, kind, 80, port) as by_service:
             by_service.is_answered()
-            assert share(by_service, counted, [direct]) < BARELY
+            assert share(by_service, counted) < BARELY
             with undisturbed(direct, by_service):
-                until_fast(place.lab, direct, at=nodes, others=[by_service])
+                until_fast(place.lab, direct, at=nodes)
     with place.begin(to, kind, 80, port + 1) as by_service:
         by_service.is_answered()
         with place.begin(direct_to, kind, PORT, port + 1) as direct, undisturbed(by_service):
             direct.is_answered()
-            assert share(by_service, counted, [direct]) < BARELY
+            assert share(by_service, counted) < BARELY
             assert direct.lost(2) == []
 
 
@@ -211,6 +211,6 @@ def test_a_pod_that_asks_its_own_service(place: Place) -> None:
         to = place.cluster_ip["client"][family]
         wait(lambda to=to: reaches(place, to, UDP), "the Service to be there")  # type: ignore[misc]
         with place.begin(to, UDP, 80) as udp, place.begin(to, TCP, 80) as tcp, undisturbed(udp, tcp):
-            assert share(udp, lambda: taken(place.lab, "node1"), [tcp]) < BARELY
-            assert share(tcp, lambda: taken(place.lab, "node1"), [udp]) < BARELY
+            assert share(udp, lambda: taken(place.lab, "node1")) < BARELY
+            assert share(tcp, lambda: taken(place.lab, "node1")) < BARELY
         assert place.at["client"][family] not in place.echoes["client"].peers
