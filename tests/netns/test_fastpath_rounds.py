@@ -107,9 +107,9 @@ class Place:
         filters, beside, _ = await self.at(port)
         return [each for each in filters + beside if each not in (FROM_POD, ARRIVING)]
 
-    def talk(self, here: int, there: int) -> Talk:
+    def talk(self, here: int, there: int, protocol: str = "udp") -> Talk:
         """A connection between two pods."""
-        return Talk(self.spaces[here], self.spaces[there], self.addresses[there])
+        return Talk(self.spaces[here], self.spaces[there], self.addresses[there], protocol)
 
     async def fast(self, talk: Talk) -> int:
         """How many packets are fast while twenty are exchanged."""
@@ -119,15 +119,24 @@ class Place:
 
 
 class Talk:
-    """A UDP connection, answered once."""
+    """A connection of UDP or TCP, answered once. Its ends may change places."""
 
-    def __init__(self, here: Netns, there: Netns, at: str) -> None:
-        made = (inside(each.path, lambda: socket.socket(type=socket.SOCK_DGRAM)) for each in (here, there))
+    def __init__(self, here: Netns, there: Netns, at: str, protocol: str) -> None:
+        self.protocol, kind = protocol, {"udp": socket.SOCK_DGRAM, "tcp": socket.SOCK_STREAM}[protocol]
+        made = (inside(each.path, lambda: socket.socket(type=kind)) for each in (here, there))
         self.client, self.server = made
+        self.server.bind((at, 0))
+        if protocol == "tcp":
+            with self.server as listening:
+                listening.listen()
+                self.client.connect(listening.getsockname())
+                self.server, _ = listening.accept()
+        else:
+            self.client.connect(self.server.getsockname())
+            self.client.send(b"?")
+            self.server.connect(self.server.recvfrom(16)[1])
         for each in (self.client, self.server):
             each.settimeout(30)
-        self.server.bind((at, 0))
-        self.client.connect(self.server.getsockname())
         self.exchange(1)
 
     def __enter__(self) -> Talk:
@@ -140,10 +149,9 @@ class Talk:
     def exchange(self, times: int) -> None:
         """Something there, and something back."""
         for _ in range(times):
-            self.client.send(b"?")
-            _, source = self.server.recvfrom(16)
-            self.server.sendto(b"!", source)
-            assert self.client.recv(16) == b"!"
+            for one, other in ((self.client, self.server), (self.server, self.client)):
+                one.send(b"?")
+                assert other.recv(16) == b"?"
 
 
 FROM_POD, ARRIVING = (each.value for each in Where)
