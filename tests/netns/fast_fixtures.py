@@ -24,6 +24,7 @@ from typing import Any, Self, TypeVar
 from uuid import uuid4
 
 import pytest
+import yaml
 
 from podwire import netns
 from podwire.bpf import tcx
@@ -41,12 +42,25 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def small_lab(pod_cidr: str = DUAL, nodes: int = 2) -> Iterator[LabState]:
-    """A lab of so many nodes that know each other."""
+    """A lab of so many nodes that know each other, whose pods may be fast at once."""
     state = LabState(name=f"fast-{uuid4().hex[:6]}", nodes=plan_nodes(nodes, pod_cidr), pod_cidr=pod_cidr)
     try:
-        yield know_each_other(cluster.up(state))
+        made = cluster.up(state)
+        for each in made.nodes:
+            configure(made, each.name, 0.0)
+        for each in made.nodes:
+            node.wait_daemon(made, each.name)
+        yield know_each_other(made)
     finally:
         cluster.down(state.name)
+
+
+def configure(lab: LabState, name: str, after: float) -> None:
+    """Starts a node's daemon anew; pods are fast after so many seconds."""
+    path = lab.files.node_path(name, "/etc/podwire") / "ipamd.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"fastPathAfter": after}))
+    node.stop_daemon(lab, name)
+    node.start_daemon(lab, name)
 
 
 @pytest.fixture(scope="module")

@@ -77,20 +77,18 @@ def in_segments(flow: Udp) -> None:
     flow.client.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, 0)
 
 
-def every_way(lab: LabState) -> None:
-    mtu = status(lab, "node1").mtu
-    with pods(lab, "node1", "node1", "node2") as (here, beside, across):
-        for family in here.addresses:
-            for there in (beside, across):
-                for kind in (Tcp, Udp):
-                    with kind(here, there, family) as flow:
-                        carries(flow, mtu)
+def every_way(here: Pod, beside: Pod, across: Pod) -> None:
+    for family in here.addresses:
+        for there in (beside, across):
+            for kind in (Tcp, Udp):
+                with kind(here, there, family) as flow:
+                    carries(flow, status(here.lab, "node1").mtu)
 
 
 @pytest.mark.parametrize("backend", ["vxlan", "direct", pytest.param("auto", marks=pytest.mark.slow)])
-def test_a_fast_connection_carries_all_that_it_is_given(lab: LabState, backend: str) -> None:
-    with chosen(lab, backend):
-        every_way(lab)
+def test_a_fast_connection_carries_all_that_it_is_given(trio: list[Pod], backend: str) -> None:
+    with chosen(trio[0].lab, backend):
+        every_way(*trio)
 
 
 @contextmanager
@@ -115,19 +113,19 @@ OTHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("pod_cidr", OTHERS.values(), ids=OTHERS.keys())
 def test_a_cluster_of_other_families_has_the_same_ways(pod_cidr: str) -> None:
-    with small_lab(pod_cidr) as other:
+    with small_lab(pod_cidr) as other, pods(other, "node1", "node1", "node2") as made:
         for backend in ("vxlan", "direct", "auto"):
             with chosen(other, backend):
-                every_way(other)
+                every_way(*made)
 
 
 # --- a backend that changes ---------------------------------------------------------------------------------------
 
 
 @contextmanager
-def busy(lab: LabState, family: int = 4) -> Iterator[tuple[Udp, Datagrams]]:
-    """A UDP flow from node to node that is fast, and what is sent on it."""
-    with pods(lab, "node1", "node2") as (here, there), Udp(here, there, family) as flow:
+def busy(here: Pod, there: Pod) -> Iterator[tuple[Udp, Datagrams]]:
+    """A UDP flow that is fast, and what is sent on it."""
+    with Udp(here, there) as flow:
         flow.until_fast()
         with Datagrams(flow) as datagrams:
             yield flow, datagrams
@@ -151,9 +149,11 @@ def looking(lab: LabState, name: str) -> dict[str, list[str]]:
     return {device: programs_of_ours(lab, name, device) for device in ("eth0", "pw-vxlan")}
 
 
-def test_the_backend_changes_under_a_fast_connection(lab: LabState) -> None:
+def test_the_backend_changes_under_a_fast_connection(trio: list[Pod]) -> None:
+    here, _, there = trio
+    lab = here.lab
     ours = [Where.ARRIVING.value]
-    with busy(lab) as (flow, datagrams), traffic(flow.here.box, flow.there.box, flow.there.addresses[6]) as talk:
+    with busy(here, there) as (flow, datagrams), traffic(here.box, there.box, there.addresses[6]) as talk:
         for backend in ("direct", "auto", "vxlan", "auto", "vxlan"):
             demo.set_backend(lab, backend)
             wanted = {"eth0": [] if backend == "vxlan" else ours, "pw-vxlan": ours}
@@ -183,8 +183,10 @@ def test_the_vni_changes_under_a_fast_connection(trio: list[Pod]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["vxlan", pytest.param("direct", marks=pytest.mark.slow)])
-def test_the_mtu_of_the_underlay_changes_under_a_fast_connection(lab: LabState, backend: str) -> None:
-    with chosen(lab, backend), busy(lab) as (flow, datagrams), Tcp(flow.here, flow.there, 6) as stream:
+def test_the_mtu_of_the_underlay_changes_under_a_fast_connection(trio: list[Pod], backend: str) -> None:
+    here, _, there = trio
+    lab = here.lab
+    with chosen(lab, backend), busy(here, there) as (_, datagrams), Tcp(here, there, 6) as stream:
         stream.until_fast()
         usual = status(lab, "node1").mtu
         try:
