@@ -408,5 +408,6 @@ def test_a_pod_whose_address_is_another_nodes_is_cut_off() -> None:
         until_fast(lab, flow, at=["node2"])
         cluster.start_etcd(lab)
         wait(lambda: any("are cut off" in each for each in status(lab, "node2").reasons), "node2 to see it")
+        assert known(lab, "node2", client.port) == set()
         since = moments(flow)
         assert nothing_since(ear, since) == {}
