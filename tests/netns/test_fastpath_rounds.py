@@ -326,14 +326,9 @@ def test_a_start_leaves_strangers_alone(tmp_path: Path) -> None:
     async def story() -> None:
         async with place(tmp_path, True, False) as its:
             await its.rounds()
-            away = [
-                await its.run(puts, its, port)
-                for port in its.ports
-                for name, puts in STRANGERS.items()
-                if name != "a filter of what is sent"
-            ]
+            away = [await its.run(puts, its, port) for port in its.ports for puts in STRANGERS.values()]
             before = [await its.strangers_at(each) for each in its.ports]
-            assert all(before)
+            assert all(len(each) >= len(STRANGERS) for each in before)
             await its.run(fastpath.end, its.node.thread)
             await its.run(fastpath.remove, its.node.thread)
             assert [await its.strangers_at(each) for each in its.ports] == before
