@@ -3,15 +3,19 @@
     every 2 s    onlookers ─▶ programs at devices and ports ─▶ pods in the map ─▶ lease    (fastpath_keeper.py)
     DEL          the pod leaves the map before its wire is killed                          2 µs an address
 
-It is no part of a pod's network, which is whole without it: nothing of it is on the path of an ADD, and what fails of
-it is said in the status and tried again. A pod is known some seconds after its ADD, so that plugins that follow in the
-chain have done what they do (limits of theirs, say), and as long as nobody else looks at its port's packets.
+It is no part of a pod's network, which is whole without it: an ADD waits for none of it, and what fails of it is said
+in the status and tried again. A pod is known as long as nobody else looks at its port's packets, from the next round on
+where the place for filters was made with its port (wires.py), and otherwise some seconds after its ADD, when plugins
+that follow in the chain have done what they do: there the program comes by TCX, for which the kernel takes ten
+milliseconds. No place is ever made at a link that is in use, since that costs packets (ADR 0009).
 
 The programs stay with ports and VXLAN device when the daemon ends, and pass everything on when its lease has run out,
 half a minute later: until then nothing of what they know can become wrong, since addresses are given by the daemon
-alone. The next daemon takes them away before it answers anybody, and puts its own there. The underlay's interfaces,
-which are somebody else's, have ours for as long as the daemon lives, and where packets of pods come by them: with the
-backends `direct` and `auto`.
+alone. The next daemon ends them before it answers anybody, and puts its own there. The underlay's interfaces, which are
+somebody else's, have ours for as long as the daemon lives, and where packets of pods come by them: with the backends
+`direct` and `auto`.
+
+A round costs 7 ms with 250 pods, nearly all of it the question who else is at each port.
 
 Conntrack does not see what goes the fast way, and would take the end of such a connection for a stranger's packet:
 nf_conntrack_tcp_be_liberal is set while there is a fast path, and nf_conntrack_tcp_ignore_invalid_rst, for a reset
