@@ -34,7 +34,7 @@ TTL4, HOPS6 = 22, 21
 
 # the stack
 TUPLE, SENDER, RECEIVER, OPTIONS, STATE, LEFT, WAY, NEIGHBOUR, MACS, WORD, ENTRY = (
-    -48, -64, -80, -96, -100, -104, -168, -192, -208, -216, -224,
+    -48, -64, -80, -96, -100, -104, -168, -192, -256, -216, -224,
 )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ from podwire.bpf.assembler import R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10, S
 # enum bpf_func_id
 _REDIRECT, _CHANGE_TYPE, _FIB_LOOKUP, _REDIRECT_NEIGH, _REDIRECT_PEER = 23, 32, 69, 152, 155
 _STORE_BYTES, _RECOMPUTE_CSUM = 9, 1
-_TTL_AND_CHECKSUM = 22
+_TYPE, _TTL_AND_CHECKSUM = 12, 22  # in a frame
 _WAY_BYTES, _NEIGHBOUR_BYTES = 64, 20  # struct bpf_fib_lookup, struct bpf_redir_neigh
 _WAY_PROTOCOL, _WAY_PORTS, _WAY_LENGTH, _WAY_IFINDEX, _WAY_CLASS = 1, 2, 6, 8, 12
 _WAY_SOURCE, _WAY_DESTINATION = 16, 32
@@ -87,8 +87,7 @@ class Ways(Part):
         program, mac = self._program, packed(self._node.bridge_mac)
         program.store_number(H, R10, MACS + 6, int.from_bytes(mac[:2], "little"))
         program.store_number(W, R10, MACS + 8, int.from_bytes(mac[2:], "little"))
-        self._take_a_hop()
-        self._store(0, MACS, 12, 0)
+        self._take_a_hop(framed=True)
         self._count(FROM_NODE)
         program.copy(R1, R8)
         program.set(R2, 0)
@@ -127,7 +126,6 @@ class Ways(Part):
             program.jump_if(Test.EQUAL, R8, ifindex, leaving)
         program.jump("on")
         program.label(leaving)
-        self._take_a_hop()
         self._count(TO_NODE)
         program.jump_if(Test.EQUAL, R8, self._node.vxlan, tunnel)
         self._by_neighbour()
@@ -142,7 +140,7 @@ class Ways(Part):
             program.store(H, R10, MACS + half, R1)
             program.load(H, R1, R10, WAY + _WAY_SOURCE_MAC + half)
             program.store(H, R10, MACS + 6 + half, R1)
-        self._store(0, MACS, 12, 0)
+        self._take_a_hop(framed=True)
         program.copy(R1, R8)
         program.set(R2, 0)
         program.call(_REDIRECT)
@@ -151,6 +149,7 @@ class Ways(Part):
     def _by_neighbour(self) -> None:
         """Its MAC is the kernel's to find, and to find out anew."""
         program = self._program
+        self._take_a_hop(framed=False)
         program.store_number(W, R10, NEIGHBOUR, self._family.number)
         for word in range(0, 16, 4):
             program.load(W, R1, R10, WAY + _WAY_DESTINATION + word)
@@ -194,16 +193,36 @@ class Ways(Part):
         program.label(told)
         program.store(H, R10, WAY + _WAY_LENGTH, R3)
 
-    def _take_a_hop(self) -> None:
-        """As ip_decrease_ttl() does it. The frame may have moved after this: r7 is no more."""
-        program, done = self._program, self._label("hop")
+    def _take_a_hop(self, *, framed: bool) -> None:
+        """As ip_decrease_ttl() does it; `framed` with the MACs that are on the stack. The frame may have moved after
+        this: r7 is no more."""
+        program = self._program
         self._load_frame()
         if self._family.version == 6:
             program.load(B, R1, R7, HOPS6)
             program.compute(Sum.SUBTRACT, R1, 1)
             program.store(B, R10, WORD, R1)
             self._store(HOPS6, WORD, 1, _RECOMPUTE_CSUM)
+            if framed:
+                self._store(0, MACS, _TYPE, 0)
             return
+        self._compute_hop("tunnelled" if framed else "routed")
+        if not framed:
+            program.store(W, R10, WORD, R1)
+            self._store(_TTL_AND_CHECKSUM, WORD, 4, 0)
+            return
+        for half in (_TTL_AND_CHECKSUM, _TTL_AND_CHECKSUM + 2):
+            program.store(H, R10, MACS + half, R1)
+            program.compute(Sum.RIGHT, R1, 16)
+        for half in range(_TYPE, _TTL_AND_CHECKSUM, 2):  # what is between is written as it is: one call instead of two
+            program.load(H, R1, R7, half)
+            program.store(H, R10, MACS + half, R1)
+        self._store(0, MACS, _TTL_AND_CHECKSUM + 4, 0)
+
+    def _compute_hop(self, word: str) -> None:
+        """r1 = the hops left, the protocol and the checksum of IPv4. Its sum stays what it was, and so does that of a
+        device that has summed the whole packet."""
+        program, done = self._program, self._label(word)
         program.load(W, R1, R7, _TTL_AND_CHECKSUM)
         program.copy(R2, R1)
         program.compute(Sum.RIGHT, R2, 16)
@@ -216,8 +235,6 @@ class Ways(Part):
         program.compute(Sum.AND, R1, 0xFFFF)
         program.compute(Sum.SUBTRACT, R1, 1)
         program.compute_with(Sum.OR, R1, R2)
-        program.store(W, R10, WORD, R1)
-        self._store(_TTL_AND_CHECKSUM, WORD, 4, _RECOMPUTE_CSUM)
 
     def _store(self, place: int, at: int, length: int, flags: int) -> None:
         program = self._program
