@@ -17,15 +17,15 @@ Every function here runs on the netlink thread.
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.model import Address, Interface
-from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, tolerating, write_sysctl
+from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, write_sysctl
 from ipam_daemon.plan import BridgePlan, VxlanPlan
 from ipam_daemon.rtnl import add_address
 from ipam_daemon.tc_program import add_clsact
@@ -133,7 +133,7 @@ class Devices:
                 vxlan_learning=0,
                 **local,
             )
-        with tolerating(errno.ENOENT, errno.EOPNOTSUPP):  # before it is up: later that would cost packets
+        with suppress(OSError):  # before it is up: later that would cost packets; the fast path does without, too
             self._thread.channel.exchange([add_clsact(index_of(plan.name))])
 
     def _ensure_common(self, index: int, link: Any, mac: str, mtu: int, addresses: Iterable[Interface]) -> list[str]:

@@ -113,6 +113,9 @@ class FastPathKeeper:
             self._path = await self._thread.run(FastPath, self._thread, *await asyncio.to_thread(read_conntrack))
         except (Unsupported, CniError, OSError) as error:
             self._say(str(error))
+        except Exception as error:  # nothing of the node waits for a fast path, whatever it is that went wrong
+            log.exception("the fast path's beginning")
+            self._say(repr(error))
         return self._path
 
     async def _round(self, plan: NodePlan) -> float:

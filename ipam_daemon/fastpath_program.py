@@ -82,7 +82,6 @@ __all__ = [
     "LEAST_LEFT",
     "ON",
     "POD_BYTES",
-    "REDIRECTED",
     "TO_NODE",
     "TO_POD",
     "Conntrack",
@@ -97,8 +96,6 @@ __all__ = [
 
 ON = -1
 """What a program returns for a packet that goes on (TC_ACT_UNSPEC, TCX_NEXT)."""
-REDIRECTED = 7
-"""The same for one that took the fast way (TC_ACT_REDIRECT)."""
 _COARSE_NS = 160  # enum bpf_func_id
 _FIN_SYN_RST = 0x07
 

@@ -18,7 +18,7 @@ import msgspec
 from ipam_daemon.rtnl import Message
 from podwire.nlattr import attribute, attributes, nested
 
-_NEWQDISC, _DELQDISC, _GETQDISC, _NEWFILTER, _DELFILTER, _GETFILTER = 36, 37, 38, 44, 45, 46
+_NEWQDISC, _GETQDISC, _NEWFILTER, _DELFILTER, _GETFILTER = 36, 38, 44, 45, 46
 _REPLACE, _EXCL, _CREATE = 0x100, 0x200, 0x400
 _TC = struct.Struct("=BxxxiIII")  # tcmsg: family, index, handle, parent, info
 _CLSACT, _CLSACT_HANDLE, _INGRESS, _EGRESS = 0xFFFFFFF1, 0xFFFF0000, 0xFFFFFFF2, 0xFFFFFFF3
@@ -41,11 +41,6 @@ def add_clsact(ifindex: int) -> Message:
     """Makes the place for filters. EEXIST when the link has one, or another kind of `ingress`."""
     body = _TC.pack(0, ifindex, _CLSACT_HANDLE, _CLSACT, 0) + attribute(_KIND, b"clsact\0")
     return Message(_NEWQDISC, _CREATE | _EXCL, body, "clsact")
-
-
-def delete_clsact(ifindex: int) -> Message:
-    """Takes the place away, with all filters."""
-    return Message(_DELQDISC, 0, _TC.pack(0, ifindex, _CLSACT_HANDLE, _CLSACT, 0), "clsact")
 
 
 def set_program(ifindex: int, program: int, name: str) -> Message:

@@ -19,25 +19,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 from uuid import uuid4
 
 import pytest
 import yaml
 
-from podwire import netns
 from podwire.bpf import tcx
 from podwire.errors import PodwireError
 from podwire.lab import cluster, node
 from podwire.lab.state import LabState, plan_nodes
+from tests.netns.busy_flows import inside
 from tests.netns.containers import Container, add, containers, know_each_other, on_node, pod_links, status, wait
 
 DUAL = "10.244.0.0/16,fd00:10:244::/56"
 PATIENCE = 60.0  # seconds of a socket's
 _COUNTER = re.compile(r'^podwire_fast_path_packets(?:_total)?\{way="([a-z-]+)"\} (\S+)$', re.MULTILINE)
 _numbers = itertools.count(1)
-T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -94,16 +92,6 @@ class Pod:
 
 
 _AF = {4: socket.AF_INET, 6: socket.AF_INET6}
-
-
-def inside(path: str | Path, make: Callable[[], T]) -> T:
-    """What is made in a network namespace."""
-    descriptor = netns.open_netns(str(path))
-    try:
-        with netns.inside(descriptor):
-            return make()
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def attached(stage: Stage) -> Iterator[Stage]:
             yield stage
         finally:
             for name in places:
-                channel.exchange([tc_program.delete_clsact(stage.index[name])])
+                stage.netns.run("tc", "qdisc", "del", "dev", name, "clsact")
             stage.netns.run("nft", "delete table bridge closed")
 
 
@@ -157,5 +157,5 @@ def test_what_was_set_is_there_and_what_was_taken_away_is_gone(stage: Stage) -> 
             assert names() == {""}
             assert "u32" in stage.netns.run("tc", "filter", "show", "dev", "pwb", "ingress")
         finally:
-            channel.exchange([tc_program.delete_clsact(index)])
+            stage.netns.run("tc", "qdisc", "del", "dev", "pwb", "clsact")
         assert kinds() == {"noqueue"}
