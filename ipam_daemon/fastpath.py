@@ -27,6 +27,7 @@ Every function here runs on the netlink thread, but for those that say otherwise
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import struct
 import time
@@ -54,7 +55,7 @@ from ipam_daemon.fastpath_program import (
     render,
     render_nothing,
 )
-from ipam_daemon.model import Attachment
+from ipam_daemon.model import Attachment, Network
 from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, tolerating, write_sysctl
 from ipam_daemon.onlookers import Onlookers, has_ipsec
 from ipam_daemon.plan import VXLAN, NodePlan
@@ -76,6 +77,13 @@ _TCP_LASTS = "net/netfilter/nf_conntrack_tcp_timeout_established"
 _UDP_LASTS = "net/netfilter/nf_conntrack_udp_timeout_stream"
 _TUPLE = "nf_conntrack_tuple"
 _NAMES = frozenset(where.value for where in Where)
+
+
+def _collapsed(networks: Iterable[Network]) -> tuple[Network, ...]:
+    """The same addresses in the fewest networks, sorted."""
+    four = ipaddress.collapse_addresses(each for each in networks if each.version == 4)
+    six = ipaddress.collapse_addresses(each for each in networks if each.version == 6)
+    return (*four, *six)
 
 
 class Unsupported(PodwireError):
@@ -188,6 +196,7 @@ class FastPath:
             undoing.callback(self._lease.close)
             self._counts = kernel.Map(per_cpu, key=4, value=COUNT_BYTES, entries=ways, name="podwire_ways")
             undoing.pop_all()
+        self._by_tcx = tcx.is_supported()
         self._node: Node | None = None  # what the programs are for
         self._programs: dict[Where, int] = {}
         self._ports: dict[str, _Port] = {}
@@ -259,6 +268,7 @@ class FastPath:
             bridge=index_of(plan.bridge.name),
             bridge_mac=plan.bridge.mac,
             pools=plan.bridge.pools,
+            blocks=_collapsed(plan.firewall.local_blocks),
             vxlan=index_of(VXLAN) if devices else 0,
             underlay=tuple(index for index in map(index_of, devices[1:]) if index and self._is_ethernet(index)),
             tcp_lasts=int(read_sysctl(_TCP_LASTS) or 0),
@@ -289,7 +299,8 @@ class FastPath:
 
     def _attach(self, ifindex: int, ifname: str, where: Where, onlookers: Onlookers) -> bool:
         """Runs the program for what a link of ours takes in. False where the kernel cannot."""
-        place = _Place(where, self._node, onlookers.has_filters(ifindex))
+        filtered = onlookers.has_filters(ifindex) and not (where is Where.ARRIVING and self._by_tcx)
+        place = _Place(where, self._node, filtered)
         if self._attached.get(ifindex) == place:
             return True
         try:

@@ -72,13 +72,14 @@ class Maps(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """What the programs are for: the bridge, the pools of the cluster, and the devices by which packets may
-    leave, by their indexes; 0 for no VXLAN. Conntrack keeps an established connection of TCP for `tcp_lasts` seconds
-    after its last packet, and one of UDP for `udp_lasts`."""
+    """What the programs are for: the bridge, the pools of the cluster and the blocks of this node, and the devices by
+    which packets may leave, by their indexes; 0 for no VXLAN. Conntrack keeps an established connection of TCP for
+    `tcp_lasts` seconds after its last packet, and one of UDP for `udp_lasts`."""
 
     bridge: int
     bridge_mac: str
     pools: tuple[Network, ...]
+    blocks: tuple[Network, ...]
     vxlan: int
     underlay: tuple[int, ...]
     tcp_lasts: int

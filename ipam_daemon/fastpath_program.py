@@ -98,6 +98,7 @@ ON = -1
 """What a program returns for a packet that goes on (TC_ACT_UNSPEC, TCX_NEXT)."""
 _COARSE_NS = 160  # enum bpf_func_id
 _FIN_SYN_RST = 0x07
+_WHOLE_WORD = 0xFFFFFFFF
 
 
 def pod_key(address: Address) -> bytes:
@@ -117,7 +118,8 @@ def render(where: Where, conntrack: Conntrack, maps: Maps, node: Node) -> bytes:
     _check_lease(program, maps)
     _check_frame(program, where)
     program.load(H, R1, R7, 12)
-    families = [each for each in FAMILIES if any(pool.version == each.version for pool in node.pools)]
+    had = {pool.version for pool in node.pools} & {block.version for block in node.blocks}
+    families = [each for each in FAMILIES if each.version in had]
     for family in families:
         program.jump_if(Test.EQUAL, R1, swapped(family.ethertype), f"v{family.version}")
     program.jump("on")
@@ -193,26 +195,27 @@ class Ends(Part):
     def _copy_tuple(self) -> None:
         """As struct bpf_sock_tuple has it, and both addresses as keys."""
         program = self._program
-        for place, key, at in (
-            (self._family.source, SENDER, TUPLE),
-            (self._family.destination, RECEIVER, TUPLE + self._family.length),
+        for place, key, at, asked in (
+            (self._family.source, SENDER, TUPLE, self._from_pod),
+            (self._family.destination, RECEIVER, TUPLE + self._family.length, True),
         ):
-            if self._family.version == 4:
+            if asked and self._family.version == 4:
                 program.store_number(D, R10, key, 0)
                 program.store_number(W, R10, key + 8, swapped(0xFFFF) << 16)
             for word in range(0, self._family.length, 4):
                 program.load(W, R1, R7, place + word)
                 program.store(W, R10, at + word, R1)
-                program.store(W, R10, key + KEY_BYTES - self._family.length + word, R1)
+                if asked:
+                    program.store(W, R10, key + KEY_BYTES - self._family.length + word, R1)
         program.load(W, R1, R7, self._family.transport)
         program.store(W, R10, TUPLE + 2 * self._family.length, R1)
 
     def _check_sender(self) -> None:
         program = self._program
-        self._find(SENDER)
         if not self._from_pod:
-            program.jump_if(Test.DIFFERENT, R0, 0, "on")  # a strict rp_filter would not let it in
+            self._jump_if_within(self._family.source, self._node.blocks, "on")  # no strict rp_filter would let it in
             return
+        self._find(SENDER)
         program.jump_if(Test.EQUAL, R0, 0, "on")
         program.load(W, R1, R0, 0)
         program.load(W, R2, R6, IFINDEX)
@@ -228,9 +231,13 @@ class Ends(Part):
             program.jump_if_with(Test.DIFFERENT, R1, R2, "on")
 
     def _find_receiver(self) -> None:
-        program, elsewhere, found = self._program, self._label("elsewhere"), self._label("found")
+        program, elsewhere, found, near = self._program, *map(self._label, ("elsewhere", "found", "near"))
+        if self._ways:
+            self._jump_if_within(self._family.destination, self._node.blocks, near)
+            program.jump(elsewhere)
+            program.label(near)
         self._find(RECEIVER)
-        program.jump_if(Test.EQUAL, R0, 0, elsewhere if self._ways else "on")
+        program.jump_if(Test.EQUAL, R0, 0, "on")
         if not self._from_pod:
             program.load(W, R8, R0, 0)
             program.load(W, R1, R0, 4)
@@ -256,17 +263,25 @@ class Ends(Part):
 
     def _check_pools(self) -> None:
         """That the receiver is a pod of the cluster, which spares a packet to a Service or the world the rest."""
-        program, inside = self._program, self._label("inside")
-        for number, pool in enumerate(pool for pool in self._node.pools if pool.version == self._family.version):
-            outside = self._label(f"outside{number}-")
-            for word, (address, mask) in enumerate(_masked_words(pool)):
-                program.load(W, R1, R7, self._family.destination + 4 * word)
-                program.compute32(Sum.AND, R1, mask)
+        inside = self._label("inside")
+        self._jump_if_within(self._family.destination, self._node.pools, inside)
+        self._program.jump("on")
+        self._program.label(inside)
+
+    def _jump_if_within(self, place: int, networks: Iterable[Network], label: str) -> None:
+        """Where the address at a place of the frame is one of these networks'."""
+        program = self._program
+        for network in networks:
+            if network.version != self._family.version:
+                continue
+            outside = self._label(f"not {label} {network} ")
+            for word, (address, mask) in enumerate(_masked_words(network)):
+                program.load(W, R1, R7, place + 4 * word)
+                if mask != _WHOLE_WORD:
+                    program.compute32(Sum.AND, R1, mask)
                 program.jump32_if(Test.DIFFERENT, R1, address, outside)
-            program.jump(inside)
+            program.jump(label)
             program.label(outside)
-        program.jump("on")
-        program.label(inside)
 
     def _check_bridge_mac(self) -> None:
         program, mac = self._program, packed(self._node.bridge_mac)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import socket
 import struct
 from collections.abc import Set
 from contextlib import suppress
@@ -32,18 +33,25 @@ class Way(IntEnum):
     OUT = 47
 
 
+def is_supported() -> bool:
+    """Whether the kernel has TCX. Raises OSError."""
+    try:
+        _numbers(socket.if_nametoindex("lo"), Way.IN)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return False
+        raise
+    return True
+
+
 def programs(ifindex: int, way: Way) -> dict[int, str]:
     """The numbers of the programs that are attached, with their names; none before Linux 6.6. Raises OSError."""
-    numbers = (ctypes.c_uint32 * _MOST)()
-    attributes = new_attributes(struct.pack("=IIIIQI", ifindex, way, 0, 0, ctypes.addressof(numbers), _MOST))
     try:
-        call(_QUERY, attributes)
+        return {number: _name_of(number) for number in _numbers(ifindex, way)}
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENODEV):
             return {}
         raise
-    (count,) = struct.unpack_from("=I", attributes, 24)
-    return {number: _name_of(number) for number in numbers[:count]}
 
 
 def attach(program: int, ifindex: int, instead_of: Set[str]) -> None:
@@ -70,6 +78,14 @@ def detach(ifindex: int, names: Set[str]) -> None:
                 bpf(_PROGRAM_DETACH, struct.pack("=IIII", ifindex, program, Way.IN, 0))
             finally:
                 os.close(program)
+
+
+def _numbers(ifindex: int, way: Way) -> list[int]:
+    numbers = (ctypes.c_uint32 * _MOST)()
+    attributes = new_attributes(struct.pack("=IIIIQI", ifindex, way, 0, 0, ctypes.addressof(numbers), _MOST))
+    call(_QUERY, attributes)
+    (count,) = struct.unpack_from("=I", attributes, 24)
+    return numbers[:count]
 
 
 def _name_of(number: int) -> str:

@@ -64,6 +64,7 @@ def at(version: int, network: int, host: int) -> str:
 
 A, B, FAR, NEAR, ASIDE, NARROW, NOBODY = (1, 3), (1, 4), (2, 9), (3, 9), (4, 9), (10, 9), (1, 77)
 POOLS = tuple(ipaddress.ip_network(each) for each in ("10.244.0.0/16", "10.250.8.0/22", "fd00:1::/48", "fd00:2:8::/45"))
+BLOCKS = tuple(ipaddress.ip_network(each) for each in ("10.250.8.0/26", "10.244.1.0/24", "fd00:1:0:1::/64"))
 ELSEWHERE = {4: "10.250.9.9", 6: "fd00:2:9::9"}
 """A pod of another node in the second pool."""
 OUTSIDE = {4: "10.245.2.9", 6: "fd00:1:1:2::9"}
@@ -147,6 +148,7 @@ class Stage:
             bridge=self.index["pw0"],
             bridge_mac=BRIDGE_MAC,
             pools=POOLS,
+            blocks=BLOCKS,
             vxlan=self.index["pw-vxlan"],
             underlay=(self.index["under0"],),
             tcp_lasts=432000,

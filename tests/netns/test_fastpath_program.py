@@ -185,6 +185,9 @@ FAST_CASES = {
     "several as large as a narrow route takes": Case(narrow(several(0)), ways=(TO_NODE,)),
     "larger, to a pod on the same bridge": Case(but(payload=2000), ways=(BESIDE,)),
     "the second of the pools": Case(lambda it: it.but(target=ELSEWHERE[it.version]), ways=(TO_NODE,)),
+    "from the first address after one of the node's blocks": Case(
+        but(source="10.250.8.64"), ways=ARRIVING, versions=(4,)
+    ),
     "UDP that is not assured": Case(but(status="SEEN_REPLY"), protocols=(UDP,)),
     "two minutes left": Case(but(seconds=120)),
 }
@@ -239,6 +242,13 @@ ON_CASES = {
     "address and MAC of another pod": Case(
         lambda it: it.but(source=at(it.version, *B), source_mac=B_MAC), ways=TO_OTHERS
     ),
+    "the address of a pod of this node, from elsewhere": Case(
+        lambda it: it.but(source=at(it.version, *B)), ways=ARRIVING
+    ),
+    "one of its blocks that nobody has, from elsewhere": Case(
+        lambda it: it.but(source=at(it.version, *NOBODY)), ways=ARRIVING
+    ),
+    "one of another of its blocks, from elsewhere": Case(but(source="10.250.8.63"), ways=ARRIVING, versions=(4,)),
     # who is to have it
     "to a MAC that begins otherwise": Case(but(target_mac="0a:58:0a:f5:01:04"), ways=(BESIDE,)),
     "to a MAC that ends otherwise": Case(but(target_mac="0a:58:0a:f4:01:14"), ways=(BESIDE,)),
@@ -390,6 +400,8 @@ def test_a_pod_that_is_forgotten_sends_and_gets_nothing_the_fast_way(stage: Stag
         ((BESIDE, TO_NEAR, *ARRIVING), {"vxlan": 0}),
         ((BESIDE, TO_NODE, *ARRIVING), {"underlay": ()}),
         ((), {"pools": tuple(map(ipaddress.ip_network, ("10.251.0.0/16", "fd01::/48")))}),
+        ((*TO_OTHERS, *ARRIVING), {"blocks": tuple(map(ipaddress.ip_network, ("10.244.99.0/24", "fd00:1:0:99::/64")))}),
+        ((), {"blocks": ()}),
     ],
 )
 def test_what_a_node_has_no_device_or_pool_for_goes_on(
@@ -406,10 +418,12 @@ def test_what_a_node_has_no_device_or_pool_for_goes_on(
     assert found == set(fast)
 
 
+@pytest.mark.parametrize("missing", ["pools", "blocks"])
 @pytest.mark.parametrize("version", [4, 6])
-def test_a_cluster_of_one_family_lets_the_other_s_go_on(stage: Stage, version: int) -> None:
-    pools = tuple(pool for pool in stage.node.pools if pool.version == version)
-    programs = {where: stage.load(where, msgspec.structs.replace(stage.node, pools=pools)) for where in Where}
+def test_a_node_of_one_family_lets_the_other_s_go_on(stage: Stage, version: int, missing: str) -> None:
+    """In a cluster of one, or where the node has no block of the other yet."""
+    of_one = tuple(each for each in getattr(stage.node, missing) if each.version == version)
+    programs = {where: stage.load(where, msgspec.structs.replace(stage.node, **{missing: of_one})) for where in Where}
     try:
         for it in every_flow():
             says = stage.say(it, stage.begin(it), programs[it.where])[0]

@@ -40,7 +40,7 @@ PLAN = NodePlan(
     bridge=msgspec.structs.replace(bridge_plan(CIDR), pools=(CIDR,)),
     vxlan=VXLAN,
     peers=None,
-    firewall=FirewallPlan(local_blocks=NONE, unmasqueraded=NONE, vteps=None, vxlan_port=4789),
+    firewall=FirewallPlan(local_blocks=frozenset((CIDR,)), unmasqueraded=NONE, vteps=None, vxlan_port=4789),
 )
 TRACKING = "table inet tracking { chain every { type filter hook forward priority 0; ct state established accept; }; }"
 
@@ -182,6 +182,32 @@ def test_the_vxlan_device_has_its_place_from_its_making() -> None:
         async with Node() as its:
             await its.thread.run(Devices(its.thread).ensure_vxlan, VXLAN)
             assert "clsact" in its.run("tc", "qdisc", "show", "dev", "pw-vxlan")
+
+    play(story)
+
+
+def test_what_arrives_by_vxlan_meets_a_program_of_tcx_where_the_kernel_can(tmp_path: Path) -> None:
+    """It costs less than a filter. One that an earlier version has left there goes with its daemon."""
+
+    async def story() -> None:
+        async with place(tmp_path) as its:
+
+            def filtered() -> None:
+                index, program = index_of("pw-vxlan"), kernel.load(render_nothing(), ARRIVING)
+                its.node.thread.channel.exchange([tc_program.set_program(index, program, ARRIVING)])
+                os.close(program)
+
+            await its.run(Devices(its.node.thread).ensure_vxlan, VXLAN)
+            for _ in range(2):
+                await its.rounds()
+                assert await its.at("pw-vxlan") == ([], [ARRIVING], True)
+                await its.end()
+                await its.run(filtered)
+                await its.begin()
+            its.path._by_tcx = False
+            for _ in range(2):
+                await its.rounds()
+                assert await its.at("pw-vxlan") == ([ARRIVING], [], True)
 
     play(story)
 
