@@ -32,6 +32,7 @@ def describe() -> dict[str, str]:
         "libraries": ", ".join(f"{name} {version(name)}" for name in ("grpcio", "protobuf", "pyroute2", "msgspec")),
         "etcd": _first_line("etcd", "--version").removeprefix("etcd Version: "),
         "reference plugins": f"containernetworking-plugins {reference}",
+        "TCP": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         "iptables": _first_line("iptables", "--version").removeprefix("iptables "),
         "load before the run": f"{os.getloadavg()[0]:.2f} (one minute), {os.getloadavg()[1]:.2f} (five)",
     }
