@@ -170,7 +170,7 @@ async def cluster(folder: Path) -> AsyncIterator[tuple[Engine, Netns, Netns]]:
 
 
 def drops(node: Netns) -> int:
-    """Packets that the chain vxlan has dropped: of pods, which have a counter with a name, and of strangers."""
+    """Packets of VXLAN that were dropped: of pods, which have a counter with a name, and of strangers."""
     listed = json.loads(node.run("nft", "-j", "list", "table", "inet", "podwire"))["nftables"]
     rules = [each["rule"]["expr"] for each in listed if each.get("rule", {}).get("chain") == "vxlan"]
     counted = [each["counter"] for rule in rules for each in rule if isinstance(each.get("counter"), dict)]
@@ -178,7 +178,11 @@ def drops(node: Netns) -> int:
     return sum(each["packets"] for each in counted)
 
 
-SEND = "import socket, sys; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', (sys.argv[1], 4789))"
+SEND = """import socket, sys
+one = socket.socket(socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET, socket.SOCK_DGRAM)
+one.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+one.sendto(b"x", (sys.argv[1], 4789))
+"""
 
 
 def send_vxlan(source: Netns, address: str) -> None:
@@ -218,6 +222,31 @@ def test_vxlan_is_taken_from_known_nodes_alone(tmp_path: Path) -> None:
             send_vxlan(pod, "192.0.2.1")
             await counted(it.node, 3)
             send_vxlan(pod, "10.244.1.1")
+            await counted(it.node, 4)
+
+    play(story)
+
+
+def test_a_pod_s_vxlan_to_its_node_is_dropped_however_it_comes_there(tmp_path: Path) -> None:
+    """By way of a Service, to everybody on the bridge, and where somebody else has taken tracking away."""
+
+    async def story() -> None:
+        async with cluster(tmp_path) as (it, pod, _outside):
+            services = """table ip services { chain in {
+                type nat hook prerouting priority dstnat;
+                ip daddr 10.96.0.9 udp dport 53 dnat to 192.0.2.1:4789;
+                ip daddr 10.96.0.9 udp dport 54 dnat to 10.244.1.1:4789;
+            }; }"""
+            it.node.run("nft", "-f", "-", stdin=services)
+            await firewall_of(it.node).ensure(PLAN)
+            for number, port in enumerate(("53", "54"), 1):
+                pod.run("python3", "-c", SEND.replace("4789", port), "10.96.0.9")
+                await counted(it.node, number)
+            send_vxlan(pod, "255.255.255.255")
+            await counted(it.node, 3)
+            nothing = "table inet theirs { chain in { type filter hook prerouting priority -350; notrack; }; }"
+            it.node.run("nft", "-f", "-", stdin=nothing)
+            send_vxlan(pod, "192.0.2.1")
             await counted(it.node, 4)
 
     play(story)
