@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from ipam_daemon.errors import InterfaceExists, PlumbingFailed
 from ipam_daemon.model import Attachment, AttachmentState, PodRef
 from ipam_daemon.plan import gateways, plan_attachment
 from ipam_daemon.wires import Wires, WireState
+from tests.netns.frames import BROADCAST, RARP, ethernet, raw
 from tests.netns.node_fixtures import Netns, Node, block, bridge_plan, call, play, pods
 
 CIDR = ipaddress.ip_network("10.244.1.0/24")
@@ -103,6 +105,28 @@ def test_a_wire_says_whose_it_is() -> None:
                 assert found == msgspec.structs.replace(
                     living, netns="", pod=PodRef(), state=AttachmentState.ATTACHED, created=9.0
                 )
+
+    play(story)
+
+
+def test_nobody_gets_what_is_for_another_pod() -> None:
+    """Not even when the bridge has forgotten where that is, as it does after five minutes; a MAC of nobody is nobody's.
+    Everybody gets what is for everybody."""
+
+    async def story() -> None:
+        async with stage() as (node, wires):
+            with pods(3) as (a, b, c):
+                for number, pod in enumerate((a, b, c), 3):
+                    await attach(node, wires, attachment(pod, number))
+                node.run("bridge", "fdb", "flush", "dev", "pw0", "dynamic")
+                mouth, beside, ear = [await raw(each.path) for each in (a, b, c)]
+                macs = {"b": "0a:58:0a:f4:01:04", "nobody": "0a:58:0a:f4:01:63", "everybody": BROADCAST}
+                mouth.send(*(ethernet("0a:58:0a:f4:01:03", mac, RARP, to.encode()) for to, mac in macs.items()))
+                both = [await each.hear(last=b"everybody") for each in (beside, ear)]
+                said = [[frame[14:] for frame in heard if frame[12:14] == struct.pack("!H", RARP)] for heard in both]
+                assert said == [[b"b", b"everybody"], [b"everybody"]]
+                for each in (mouth, beside, ear):
+                    each.close()
 
     play(story)
 

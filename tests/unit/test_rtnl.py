@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from ipam_daemon import rtnl
@@ -45,8 +46,15 @@ def test_a_port_is_named_and_sends_back() -> None:
     info = link.get("linkinfo")
     assert info.get_attr("IFLA_INFO_SLAVE_KIND") == "bridge"
     port = info.get_attr("IFLA_INFO_SLAVE_DATA")
-    assert (port.get_attr("IFLA_BRPORT_MODE"), port.get_attr("IFLA_BRPORT_GROUP_FWD_MASK")) == (1, 0xFFFD)
+    names = ("IFLA_BRPORT_MODE", "IFLA_BRPORT_UNICAST_FLOOD", "IFLA_BRPORT_GROUP_FWD_MASK")
+    assert [port.get_attr(name) for name in names] == [1, 0, 0xFFFD]
     assert read(rtnl.set_port(5, "", 0), ifinfmsg).get("ifalias") is None
+
+
+def test_the_bridge_is_told_who_is_behind_a_port() -> None:
+    entry = read(rtnl.set_port_mac(5, "0a:58:0a:f4:01:07"), ndmsg)
+    assert (entry["family"], entry["ifindex"], entry["state"], entry["flags"]) == (socket.AF_BRIDGE, 5, 0x40, 0x04)
+    assert entry.get("lladdr") == "0a:58:0a:f4:01:07"
 
 
 def test_links_are_raised_and_lowered() -> None:
