@@ -20,8 +20,8 @@ from kube_proxy_lite.render.nftables import NftablesRenderer, Transactions
 from kube_proxy_lite.render.nftables_layout import WORDS, chain_rules, is_hook, rules
 from kube_proxy_lite.render.nftables_listing import Listing
 from tests.netns.node_fixtures import Netns
+from tests.unit.nftables_stage import DAMAGE, WHOLE
 from tests.unit.service_cases import LOCAL, REMOTE, REMOTE_2, SETTINGS, VARIANTS, plan
-from tests.unit.test_nftables_renderer import DAMAGE, WHOLE
 
 
 @pytest.fixture
