@@ -10,8 +10,8 @@ datagram. Only what ADD and the kill of a DEL need is here; everything else is p
 The kernel goes on after a message that failed, so messages of one exchange must not depend on each other's success, or
 the caller must be ready to undo them.
 
-Source: netlink(7), rtnetlink(7), linux/if_link.h, linux/if_addr.h, linux/neighbour.h, linux/rtnetlink.h. All numbers are of these headers;
-integers are in host order but for addresses.
+Source: netlink(7), rtnetlink(7), linux/if_link.h, linux/if_addr.h, linux/neighbour.h, linux/rtnetlink.h. All numbers
+are of these headers; integers are in host order but for addresses.
 """
 
 from __future__ import annotations
