@@ -29,7 +29,7 @@ from podwire.nlattr import attribute, attributes, message, messages
 
 # netlink
 _ERROR, _DONE, _NEWLINK, _GETLINK, _NEWADDR, _NEWROUTE, _NEWNEIGH = 2, 3, 16, 18, 20, 24, 28
-_REQUEST, _ACK, _REPLACE, _EXCL, _DUMP, _CREATE = 0x1, 0x4, 0x100, 0x200, 0x300, 0x400
+_REQUEST, _ACK, _EXCL, _DUMP, _CREATE = 0x1, 0x4, 0x200, 0x300, 0x400
 _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 _ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
@@ -41,7 +41,7 @@ _BUFFER = 1 << 16
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_OPERSTATE = 1, 3, 4, 10, 16
 _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_GROUP, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 18, 20, 27, 28, 29
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
-_VETH_INFO_PEER, _BRPORT_MODE, _BRPORT_UNICAST_FLOOD, _BRPORT_GROUP_FWD_MASK = 1, 4, 9, 31
+_VETH_INFO_PEER, _BRPORT_MODE, _BRPORT_GROUP_FWD_MASK = 1, 4, 31
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _RTA_OIF, _RTA_GATEWAY = 4, 5
 _IFF_UP, _IFA_F_NODAD, _SKIP_STATS = 0x1, 0x02, 1 << 3
@@ -87,14 +87,9 @@ def make_pair(host: End, master: int, peer: End, netns: int) -> Message:
 
 
 def set_port(index: int, alias: str, forwarded_groups: int) -> Message:
-    """Makes a bridge port send back to where a frame came from (hairpin), get no frame whose receiver the bridge does
-    not know, and forward frames to these of the reserved group addresses (a mask of the last octet); gives the link an
-    alias."""
-    port = (
-        attribute(_BRPORT_MODE, _U8.pack(1))
-        + attribute(_BRPORT_UNICAST_FLOOD, _U8.pack(0))
-        + attribute(_BRPORT_GROUP_FWD_MASK, _U16.pack(forwarded_groups))
-    )
+    """Makes a bridge port send back to where a frame came from (hairpin), and forward frames to these of the reserved
+    group addresses (a mask of the last octet); gives the link an alias."""
+    port = attribute(_BRPORT_MODE, _U8.pack(1)) + attribute(_BRPORT_GROUP_FWD_MASK, _U16.pack(forwarded_groups))
     info = attribute(_INFO_SLAVE_KIND, b"bridge") + attribute(_INFO_SLAVE_DATA, port)
     named = attribute(_IFLA_IFALIAS, alias.encode()) if alias else b""
     body = _LINK.pack(0, 0, index, 0, 0) + named + attribute(_IFLA_LINKINFO, info)
@@ -102,11 +97,12 @@ def set_port(index: int, alias: str, forwarded_groups: int) -> Message:
 
 
 def set_port_mac(index: int, mac: str) -> Message:
-    """Tells the bridge of a port who is behind it, for good: an entry that is not learnt and does not age."""
+    """Tells the bridge of a port who is behind it, for good: an entry that is not learnt and does not age. EEXIST where
+    the bridge knows the MAC, which may be its own."""
     body = _NEIGHBOUR.pack(socket.AF_BRIDGE, index, _NUD_NOARP, _NTF_MASTER, 0) + attribute(
         _NDA_LLADDR, bytes.fromhex(mac.replace(":", ""))
     )
-    return Message(_NEWNEIGH, _CREATE | _REPLACE, body, f"FDB entry of {mac}")
+    return Message(_NEWNEIGH, _CREATE | _EXCL, body, f"FDB entry of {mac}")
 
 
 def raise_link(index: int) -> Message:

@@ -6,9 +6,8 @@ port (hairpin, its MAC, an alias that says whose it is, and the question whether
 hand (ipam_daemon/rtnl.py), since pyroute2 takes three times as long. There is no wait for duplicate address detection:
 the allocator gives an address once, and an IPv6 address is added with IFA_F_NODAD.
 
-The bridge is told which MAC is behind a port, and floods none with frames whose receiver it does not know: it forgets
-who has been silent for five minutes, or has sent nothing but by the fast path, and all other pods would get what is
-meant for that one.
+The bridge is told which MAC is behind a port: it forgets what it has learnt of a pod that is silent for five minutes,
+or sends by the fast path alone, and then all the others get what is for that one.
 
 DEL kills the wire at once and deletes it later. Taking the link down and out of the bridge is 0.5 ms, and nothing
 passes it from then on; deleting a veth pair takes the kernel 20–35 ms of RCU grace periods, the same for one as for a
@@ -205,7 +204,8 @@ class Wires:
         with naming(f"bridge port {attachment.host_ifname}"):
             index = index_of(attachment.host_ifname)
             port = set_port(index, alias_of(attachment), FORWARDED_GROUPS)
-            self._thread.channel.exchange([set_port_mac(index, attachment.mac), port])
+            with suppress(FileExistsError):  # it has learnt that, or another has the MAC
+                self._thread.channel.exchange([set_port_mac(index, attachment.mac), port])
 
     def _await_carrier(self, host_ifname: str) -> None:
         """Returns when the host's end sends, and the bridge: until then the pod's first answers would be dropped.
@@ -353,15 +353,11 @@ class Wires:
         port = link.get(("linkinfo", "slave_data"))
         if link.get("master") != index_of(self._bridge):
             found.append(f"{attachment.host_ifname} is not a port of {self._bridge}")
-        elif port is None or not self._is_set(port):
+        elif port is None or not port.get("mode") or port.get("group_fwd_mask") != FORWARDED_GROUPS:
             found.append(f"{attachment.host_ifname} is a port of other settings")
         if link.get("state") != _UP:
             found.append(f"{attachment.host_ifname} is down")
         return found
-
-    def _is_set(self, port: Any) -> bool:
-        known = bool(port.get("mode")), bool(port.get("unicast_flood")), port.get("group_fwd_mask")
-        return known == (True, False, FORWARDED_GROUPS)
 
     def found(self, now: float) -> tuple[Attachment, ...]:
         """The live wires that the kernel has, as their aliases describe them. For a journal that was lost."""

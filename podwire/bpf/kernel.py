@@ -23,7 +23,7 @@ from podwire.bpf.btf import Btf, BtfError
 from podwire.bpf.syscall import Buffer, address, bpf, buffer, call, new_attributes
 
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROGRAM_LOAD = 0, 1, 2, 3, 5
-_INFO, _BTF_OF, _LINK_CREATE, _NEXT_BTF = 15, 19, 28, 23
+_INFO, _BTF_OF, _NEXT_BTF, _LINK_CREATE, _LINK_UPDATE = 15, 19, 23, 28, 29
 _SCHED_CLS, _TCX_INGRESS = 3, 46
 _LOG = 1 << 18
 _LAST_LINES = 4
@@ -131,6 +131,11 @@ def attach_while_open(program: int, ifindex: int) -> int:
     """Runs a program for what an interface of this thread's namespace takes in, after all that others have attached, as
     long as the descriptor that is returned is open. Linux 6.6. Raises OSError."""
     return bpf(_LINK_CREATE, struct.pack("=IIII", program, ifindex, _TCX_INGRESS, 0))
+
+
+def exchange_program(link: int, program: int) -> None:
+    """Has what `attach_while_open` has returned run another program, without a packet in between. Raises OSError."""
+    bpf(_LINK_UPDATE, struct.pack("=IIII", link, program, 0, 0))
 
 
 def read_btf() -> Btf:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import socket
 import struct
 from collections.abc import Set
 from contextlib import suppress
@@ -22,6 +21,7 @@ from podwire.bpf.syscall import address, bpf, call, new_attributes
 
 _PROGRAM_ATTACH, _PROGRAM_DETACH, _PROGRAM_OF, _INFO, _QUERY = 8, 9, 13, 15, 16
 _REPLACE = 1 << 2
+_LOOPBACK = 1  # the index that it has in every namespace
 _MOST = 64  # BPF_MPROG_MAX
 _INFO_BYTES, _NAME_AT, _NAME_BYTES = 128, 64, 16  # struct bpf_prog_info
 
@@ -36,11 +36,11 @@ class Way(IntEnum):
 def is_supported() -> bool:
     """Whether the kernel has TCX. Raises OSError."""
     try:
-        _numbers(socket.if_nametoindex("lo"), Way.IN)
+        _numbers(_LOOPBACK, Way.IN)
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            return False
-        raise
+        if error.errno not in (errno.EINVAL, errno.ENODEV):
+            raise
+        return error.errno == errno.ENODEV
     return True
 
 

@@ -58,11 +58,6 @@ TAKEN_APART = {  # where, `ip …`, what CHECK says
         "link set HOST type bridge_slave group_fwd_mask 0",
         "a port of other settings",
     ),
-    "port that gets what is for nobody": (
-        "node",
-        "link set HOST type bridge_slave flood on",
-        "a port of other settings",
-    ),
     "port down": ("node", "link set HOST down", "is down"),
     "wire deleted": ("node", "link del HOST", "is gone"),
     "namespace deleted": ("machine", "netns del POD", "no network namespace"),

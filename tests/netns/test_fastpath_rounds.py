@@ -26,7 +26,7 @@ from ipam_daemon.fastpath import FastPath, read_conntrack
 from ipam_daemon.fastpath_program import Where, render_nothing
 from ipam_daemon.model import Attachment
 from ipam_daemon.netlink import index_of
-from ipam_daemon.plan import FirewallPlan, NodePlan
+from ipam_daemon.plan import FirewallPlan, NodePlan, PeersPlan, RoutePlan
 from podwire.bpf import kernel, tcx
 from podwire.bpf.syscall import bpf
 from tests.netns.busy_flows import inside
@@ -51,6 +51,7 @@ class Place:
     def __init__(self, of: Engine, spaces: list[Netns]) -> None:
         self.engine, self.node, self.spaces = of, of.node, spaces
         self.path: FastPath
+        self.plan = PLAN
         self.ports: list[str] = []
         self.addresses: list[str] = []
 
@@ -78,7 +79,7 @@ class Place:
 
     async def round(self, *young: str) -> bool:
         """One, with these wires young; whether it was through."""
-        return bool(await self.run(self.path.ensure, PLAN, self.wires(), frozenset(young)))
+        return bool(await self.run(self.path.ensure, self.plan, self.wires(), frozenset(young)))
 
     async def rounds(self) -> None:
         """Until all is done."""
@@ -208,6 +209,51 @@ def test_what_arrives_by_vxlan_meets_a_program_of_tcx_where_the_kernel_can(tmp_p
             for _ in range(2):
                 await its.rounds()
                 assert await its.at("pw-vxlan") == ([ARRIVING], [], True)
+
+    play(story)
+
+
+def with_blocks(*blocks: str) -> NodePlan:
+    """A node that has these, and a peer straight on its underlay."""
+    firewall = msgspec.structs.replace(PLAN.firewall, local_blocks=frozenset(map(ipaddress.ip_network, blocks)))
+    way = RoutePlan(gateway=ipaddress.ip_address("192.0.2.2"), device="under0", onlink=False)
+    routes = {ipaddress.ip_network("10.244.2.0/26"): way}
+    return msgspec.structs.replace(PLAN, firewall=firewall, peers=PeersPlan(neighbours={}, fdb={}, routes=routes))
+
+
+def test_programs_follow_the_blocks_of_the_node(tmp_path: Path) -> None:
+    """Each in its place, and the underlay's without an end; the same addresses in other blocks change nothing."""
+
+    async def story() -> None:
+        async with place(tmp_path, True, False) as its:
+            its.node.ip("link", "add", "under0", "type", "veth", "peer", "name", "under0-peer")
+
+            def numbers() -> list[int]:
+                links = ("under0", its.ports[1])
+                return [number for link in links for number in tcx.programs(index_of(link), tcx.Way.IN)]
+
+            async def turn(*blocks: str) -> list[int]:
+                its.plan = with_blocks(*blocks)
+                await its.rounds()
+                assert (await its.at("under0"))[1] == [ARRIVING]
+                return await its.run(numbers)  # type: ignore[no-any-return]
+
+            seen = [await turn("10.244.1.0/26")]
+            links = dict(its.path._links)
+            with its.talk(0, 1) as talk:
+                for blocks, fast in (
+                    (("10.244.9.0/26", "10.244.1.0/26"), 20),
+                    (("10.244.9.0/26",), 0),
+                    ((), 0),
+                    (("fd00:1::/64",), 0),
+                    (("fd00:1::/64", "10.244.1.0/26"), 20),
+                ):
+                    seen.append(await turn(*blocks))
+                    assert await its.fast(talk) == fast, blocks
+                assert len({number for each in seen for number in each}) == 2 * len(seen), "others each time"
+                assert its.path._links == links
+                assert await turn("10.244.1.32/27", "10.244.1.0/27", "fd00:1::/64") == seen[-1]
+                assert await its.fast(talk) == 20
 
     play(story)
 

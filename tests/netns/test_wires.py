@@ -109,24 +109,56 @@ def test_a_wire_says_whose_it_is() -> None:
     play(story)
 
 
+async def heard_by(*pods: Netns, sent: dict[str, str]) -> list[list[str]]:
+    """What each pod but the first gets of what that sends to these MACs, by their names; the last is everybody's."""
+    mouth, *ears = [await raw(each.path) for each in pods]
+    mouth.send(*(ethernet("0a:58:0a:f4:01:03", mac, RARP, to.encode()) for to, mac in sent.items()))
+    got = [await each.hear(last=list(sent)[-1].encode()) for each in ears]
+    for each in (mouth, *ears):
+        each.close()
+    return [[frame[14:].decode() for frame in frames if frame[12:14] == struct.pack("!H", RARP)] for frames in got]
+
+
 def test_nobody_gets_what_is_for_another_pod() -> None:
-    """Not even when the bridge has forgotten where that is, as it does after five minutes; a MAC of nobody is nobody's.
-    Everybody gets what is for everybody."""
+    """Not even when the bridge has forgotten all that it has learnt."""
 
     async def story() -> None:
         async with stage() as (node, wires):
-            with pods(3) as (a, b, c):
-                for number, pod in enumerate((a, b, c), 3):
+            with pods(3) as three:
+                for number, pod in enumerate(three, 3):
                     await attach(node, wires, attachment(pod, number))
                 node.run("bridge", "fdb", "flush", "dev", "pw0", "dynamic")
-                mouth, beside, ear = [await raw(each.path) for each in (a, b, c)]
-                macs = {"b": "0a:58:0a:f4:01:04", "nobody": "0a:58:0a:f4:01:63", "everybody": BROADCAST}
-                mouth.send(*(ethernet("0a:58:0a:f4:01:03", mac, RARP, to.encode()) for to, mac in macs.items()))
-                both = [await each.hear(last=b"everybody") for each in (beside, ear)]
-                said = [[frame[14:] for frame in heard if frame[12:14] == struct.pack("!H", RARP)] for heard in both]
-                assert said == [[b"b", b"everybody"], [b"everybody"]]
-                for each in (mouth, beside, ear):
-                    each.close()
+                sent = {"second": "0a:58:0a:f4:01:04", "everybody": BROADCAST}
+                assert await heard_by(*three, sent=sent) == [["second", "everybody"], ["everybody"]]
+
+    play(story)
+
+
+def test_a_pod_whose_mac_the_bridge_was_made_to_forget_is_found_again() -> None:
+    async def story() -> None:
+        async with stage() as (node, wires):
+            with pods(2) as two:
+                made = [attachment(pod, number) for number, pod in enumerate(two, 3)]
+                for each in made:
+                    await attach(node, wires, each)
+                node.run("bridge", "fdb", "del", made[1].mac, "dev", made[1].host_ifname, "master")
+                sent = {"second": made[1].mac, "everybody": BROADCAST}
+                assert await heard_by(*two, sent=sent) == [["second", "everybody"]]
+
+    play(story)
+
+
+@pytest.mark.parametrize("mac", ["0a:58:0a:f4:01:01", "0a:58:0a:f4:01:03"], ids=["the bridge's", "another pod's"])
+def test_a_pod_that_asks_for_the_mac_of_another_takes_nobody_s_packets_for_good(mac: str) -> None:
+    async def story() -> None:
+        async with stage() as (node, wires):
+            with pods(2) as (first, second):
+                await attach(node, wires, attachment(first, 3))
+                asking = msgspec.structs.replace(attachment(second, 4), mac=mac)
+                await attach(node, wires, asking)
+                second.pings("10.244.1.1", 1)
+                await node.thread.run(wires.kill, asking.host_ifname)
+                assert first.pings("10.244.1.1")
 
     play(story)
 
