@@ -204,8 +204,8 @@ class Wires:
         with naming(f"bridge port {attachment.host_ifname}"):
             index = index_of(attachment.host_ifname)
             port = set_port(index, alias_of(attachment), FORWARDED_GROUPS)
-            with suppress(FileExistsError):  # it has learnt that, or another has the MAC
-                self._thread.channel.exchange([set_port_mac(index, attachment.mac), port])
+            with suppress(FileExistsError):  # the second: it has learnt that, or another has the MAC
+                self._thread.channel.exchange([port, set_port_mac(index, attachment.mac)])
 
     def _await_carrier(self, host_ifname: str) -> None:
         """Returns when the host's end sends, and the bridge: until then the pod's first answers would be dropped.

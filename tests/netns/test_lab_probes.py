@@ -173,7 +173,7 @@ def test_init_containers_run_one_after_the_other_before_all_else(lab: LabState, 
         assert answer["containerStatuses"][0]["state"] == {"waiting": {"reason": "PodInitializing"}}
         gate.touch()
         cluster.wait_ready(lab, [("default", "a")])
-        assert order.read_text().split() == ["one", "two", "main"]
+        pods.until("the last", lambda: order.read_text().split() == ["one", "two", "main"])
         assert pods.address("a") in cluster.container_log(lab, "default", "a", "one").read_text(), "it has a network"
         assert "did nothing" in cluster.container_log(lab, "default", "a", "nowhere").read_text()
         ended = pods.object("a")["status"]["initContainerStatuses"]
