@@ -8,8 +8,7 @@ the MTU that `auto` has, since it may come to tunnel: 1450 instead of 1500.
 
 Where the scheduler puts the two ends decides more than the path does, so they are told. TCP and a ping-pong have both
 ends on one core, where what counts is the path and what the ends do themselves. With a core each, how often the
-receiver sleeps decides about TCP: a bare pair of veths carried 24 to 62 Gbit/s from run to run. That is shown beside
-it, and no bound stands on it.
+receiver sleeps decides about TCP, too: a bare pair of veths carried 24 to 62 Gbit/s from run to run. Both are bounded.
 
 UDP counts what the sender gets rid of: its system call takes a packet all the way to the receiver's socket, so that is
 what the wire costs; whether the receiving process gets a turn on a machine of two cores is another matter.
@@ -164,7 +163,7 @@ def _report(samples: Samples, rounds: int) -> Report:
                 ratio = ratio_of_medians(*pair)
                 rows.append((f"{place}, {kind}, {unit}: {owner}", *_spread(theirs), str(ratio)))
                 what = f"{kind}, {place}: {ours}, of {owner}"
-                if owner != _SLOW and kind != _TCP_APART:
+                if owner != _SLOW:
                     bounds.append(Bound(what=what, measured=ratio.value, limit=_LEAST, least=True))
     table = Table(
         title=f"Pod to pod ({rounds} rounds, alternating)",
