@@ -195,8 +195,8 @@ class FastPath:
             undoing.callback(self._pods.close)
             self._lease = kernel.Map(array, key=4, value=LEASE_BYTES, entries=1, name="podwire_lease")
             undoing.callback(self._lease.close)
-            self._counts = kernel.Map(per_cpu, key=4, value=COUNT_BYTES, entries=ways, name="podwire_ways")
             self._by_tcx = tcx.is_supported()
+            self._counts = kernel.Map(per_cpu, key=4, value=COUNT_BYTES, entries=ways, name="podwire_ways")
             undoing.pop_all()
         self._node: Node | None = None  # what the programs are for
         self._programs: dict[Where, int] = {}
