@@ -77,11 +77,9 @@ def podwire_pods(stage: Stage, owner: str, name: str, backend: str, *, fast: boo
         yield pods
 
 
-def hand_pods(
-    stage: Stage, owner: str, name: str, *, vxlan: bool, masquerade: bool = False, narrow: bool = False
-) -> Pods:
-    """Two nodes that `ip` has set up; `narrow` leaves room for VXLAN, though there is none. They go with the stage."""
-    nodes, mtu = stage.segment(name), _UNDERLAY_MTU - (_VXLAN_OVERHEAD if vxlan or narrow else 0)
+def hand_pods(stage: Stage, owner: str, name: str, *, vxlan: bool, masquerade: bool = False) -> Pods:
+    """Two nodes that `ip` has set up. They go with the stage."""
+    nodes, mtu = stage.segment(name), _UNDERLAY_MTU - (_VXLAN_OVERHEAD if vxlan else 0)
     client, near, far = stage.pods(3)
     for number, node in enumerate(nodes, 1):
         _make_node(stage, node, number, mtu, vxlan=vxlan)

@@ -43,6 +43,7 @@ from podwire.errors import TryAgain
 from podwire.etcd import EtcdUnavailable
 
 _CONVERGED = "converged"  # in the journal: the kernel has the routes to the peers, perhaps from an earlier daemon
+_TUNNELS = "tunnels"  # in the journal: whether a node was reached by VXLAN when all were last known
 _BACKEND = "backend"  # in the journal: what the cluster's was when etcd was last heard
 _SEEN = "etcd"  # in the journal: how far etcd has come, so that a restored one is known
 _FIRST_RETRY, _LAST_RETRY = 0.2, 5.0
@@ -357,7 +358,8 @@ class Agent:
     def _remember(self, name: str, value: str) -> None:
         """For the next process. A disk without room costs it this, and this node nothing."""
         try:
-            self._journal.set_meta(name, value)
+            if self._journal.meta(name) != value:
+                self._journal.set_meta(name, value)
         except sqlite3.Error as error:
             log.warning("%s cannot be journaled: %s", name, error)
 
@@ -437,9 +439,12 @@ class Agent:
             with suppress(TryAgain):  # with the next record that etcd tells of it is seen that ours is another
                 await self._publish(blocks)
         before = plane.plan
-        plan = await plane.bring(self._config, self._record(blocks), blocks, self._records, resync)
+        tunnelled = self._journal.meta(_TUNNELS) != "no"
+        record = self._record(blocks)
+        plan = await plane.bring(self._config, record, blocks, self._records, resync, tunnelled=tunnelled)
         if plan.peers is not None:
             self._remember(_CONVERGED, "yes")
+            self._remember(_TUNNELS, "yes" if plan.peers.has_tunnels else "no")
         if self._alone or plan.peers is not None or self._journal.meta(_CONVERGED):
             self._attachments.mtu = plan.mtu
         if resync or before is None or before.mtu != plan.mtu:

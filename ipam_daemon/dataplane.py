@@ -122,12 +122,15 @@ class DataPlane:
         blocks: Sequence[Block],
         records: Mapping[str, NodeRecord] | None,
         resync: bool,
+        *,
+        tunnelled: bool,
     ) -> NodePlan:
         """Brings the kernel to what these say, and returns the plan. `records` of all nodes, None while they are not
-        known; `resync` reads back all that the kernel has. Raises a CniError."""
+        known: then `tunnelled` says whether one is reached by VXLAN. `resync` reads back all that the kernel has.
+        Raises a CniError."""
         looks = resync or self._stale or self._underlay is None
         try:
-            return await self._bring(config, record, blocks, records, resync, looks)
+            return await self._bring(config, record, blocks, records, resync, looks, tunnelled)
         except BaseException:
             self._stale = True  # what was not done yet is not known
             raise
@@ -140,14 +143,19 @@ class DataPlane:
         records: Mapping[str, NodeRecord] | None,
         resync: bool,
         looks: bool,
+        tunnelled: bool,
     ) -> NodePlan:
         underlay = await self._look_at_underlay() if looks or self._underlay is None else self._underlay
-        exempt = self._settings.non_masquerade_cidrs
-        plan = plan_node(config, record, blocks, None, underlay.mtu, self._settings.mtu, underlay.on_link, exempt)
-        table = self._table_for(config.backend.type, underlay)
+        table, peers = self._table_for(config.backend.type, underlay), None
         if records is not None:
             table.update(records)
-            plan = with_peers(plan, table.peers, table.vteps)
+            peers = table.peers
+            tunnelled = peers.has_tunnels
+        settings, on_link = self._settings, underlay.on_link
+        exempt = settings.non_masquerade_cidrs
+        plan = plan_node(config, record, blocks, None, underlay.mtu, settings.mtu, on_link, exempt, tunnelled)
+        if peers is not None:
+            plan = with_peers(plan, peers, table.vteps)
         resized = resync or self.plan is None or self.plan.mtu != plan.mtu
         if resized:
             with suppress(CniError):  # one wire must not keep the node from its plan; it is tried again at the end

@@ -17,7 +17,7 @@ is on, too:
 
     vxlan    10.244.2.0/24 via 10.244.2.2 dev pw-vxlan onlink          pods have the underlay's MTU less the overhead
     direct   10.244.2.0/24 via 172.31.0.12 dev eth0                    pods have the underlay's MTU
-    auto     direct to the nodes on the same network, VXLAN to others  the MTU of VXLAN, which some packets may need
+    auto     direct to the nodes on the same network, VXLAN to others  as VXLAN leaves it, once a node is reached by it
 
 The choice is made for each block, so one family may go directly and the other by VXLAN. A node takes both kinds of
 packets whatever the backend, and the VXLAN device stays in all of them (it has the VTEP's addresses): nodes that change
@@ -103,6 +103,11 @@ class PeersPlan(msgspec.Struct, frozen=True, kw_only=True):
     fdb: Mapping[str, Address]  # MAC → address on the underlay
     routes: Mapping[Network, RoutePlan]
 
+    @property
+    def has_tunnels(self) -> bool:
+        """Whether a peer is reached by VXLAN."""
+        return bool(self.fdb)
+
 
 class FirewallPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The elements of this node's nft sets; the rules around them never change.
@@ -141,12 +146,14 @@ def plan_node(
     mtu: int = 0,
     on_link: Mapping[Network, str] = NOWHERE,
     exempt: Iterable[Network] = (),
+    tunnelled: bool = True,
 ) -> NodePlan:
     """The desired state of the node that `record` is about. `underlay_mtu` and `mtu` (0: made from it) are in bytes.
 
     `blocks` are the node's own, at least one; records among `peers` that are this node's, or not complete yet, are
     passed over: they come again when they change. None for `peers` says that they are not known, and nothing that the
-    kernel has of them may be removed. `on_link` are the networks that the node is on, each with the interface; what
+    kernel has of them may be removed; `tunnelled` then says whether one of them is reached by VXLAN, which with
+    `auto` is what the MTU depends on. `on_link` are the networks that the node is on, each with the interface; what
     goes to `exempt` is not masqueraded.
 
     Raises TryAgainLater when the underlay leaves less than IPv6 needs.
@@ -156,8 +163,9 @@ def plan_node(
     found = plan_peers(others or (), config.backend.type, on_link, record.addresses[0].version)
     families = {pool.cidr.version for pool in config.pools} | {cidr.version for cidr in cidrs}
     tunnel_mtu = mtu or underlay_mtu - VXLAN_OVERHEAD[record.addresses[0].version]
-    direct = config.backend.type is BackendType.DIRECT
-    mtu = mtu or (underlay_mtu if direct else tunnel_mtu)
+    if others is not None:
+        tunnelled = found.has_tunnels
+    mtu = mtu or (tunnel_mtu if _leaves_room(config.backend.type, tunnelled) else underlay_mtu)
     least = LEAST_MTU[max(families)]
     if mtu < least:
         raise TryAgainLater(f"the underlay's MTU {underlay_mtu} leaves {mtu} for pods, which need {least}")
@@ -188,6 +196,11 @@ def plan_node(
         ),
         backend=config.backend.type,
     )
+
+
+def _leaves_room(backend: BackendType, tunnelled: bool) -> bool:
+    """Whether pods have to leave room for VXLAN."""
+    return backend is BackendType.VXLAN or (backend is BackendType.AUTO and tunnelled)
 
 
 def with_peers(plan: NodePlan, peers: PeersPlan, vteps: frozenset[Address]) -> NodePlan:

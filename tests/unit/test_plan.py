@@ -136,10 +136,23 @@ def test_the_outer_packet_is_of_this_nodes_family() -> None:
 
 MTUS_OF_BACKENDS = {
     "direct has the underlay's whole": ("direct", (4,), 1500, 0, (1500, 1450)),
-    "auto has what VXLAN leaves": ("auto", (4,), 1500, 0, (1450, 1450)),
     "VXLAN over IPv6": ("vxlan", (6,), 1500, 0, (1430, 1430)),
     "what the configuration says goes first": ("direct", (4,), 1500, 1400, (1400, 1400)),
     "a VXLAN device with IPv6 has no less than it needs": ("direct", (6,), 1300, 0, (1300, 1280)),
+}
+MTUS_OF_AUTO = {  # peers, whether one was reached by VXLAN, what the configuration says → pods' MTU
+    "nobody else": ([], True, 0, 1500),
+    "all near": ([node(2, 4), node(3, 4)], True, 0, 1500),
+    "one far": ([node(2, 4), node(3, 4, segment=1)], False, 0, 1450),
+    "one near by one family alone": (
+        [msgspec.structs.replace(node(2, 4, 6), addresses=node(2, 4).addresses)],
+        False,
+        0,
+        1450,
+    ),
+    "not known, one was far": (None, True, 0, 1450),
+    "not known, all were near": (None, False, 0, 1500),
+    "what the configuration says goes first": ([node(2, 4)], False, 1400, 1400),
 }
 
 
@@ -151,6 +164,15 @@ def test_mtus(backend: str, families: tuple[int, ...], underlay: int, mtu: int, 
     config = ClusterConfig(pools=CONFIG.pools, backend=Backend(type=BackendType(backend)))
     got = plan_node(config, mine, [block(str(cidr)) for cidr in mine.blocks], (), underlay, mtu)
     assert (got.mtu, got.vxlan.mtu) == wanted
+
+
+@pytest.mark.parametrize(("peers", "tunnelled", "mtu", "wanted"), MTUS_OF_AUTO.values(), ids=MTUS_OF_AUTO.keys())
+def test_the_mtu_of_auto_is_whole_until_a_node_is_reached_by_vxlan(
+    peers: list[NodeRecord] | None, tunnelled: bool, mtu: int, wanted: int
+) -> None:
+    config = ClusterConfig(pools=CONFIG.pools, backend=Backend(type=BackendType.AUTO))
+    got = plan_node(config, node(1, 4), [block("10.244.1.0/24")], peers, 1500, mtu, ON_LINK, tunnelled=tunnelled)
+    assert (got.mtu, got.vxlan.mtu) == (wanted, mtu or 1450)
 
 
 def test_an_underlay_that_leaves_too_little_for_ipv6_is_refused() -> None:
