@@ -66,7 +66,7 @@ SCENARIOS = (
         name="throughput",
         about="pod to pod, beside the same devices plumbed by hand",
         run=throughput.run,
-        rounds=9,
+        rounds=15,
         quick=1,
     ),
     Scenario(name="services", about="1 to 30,000 Services, beside rules by hand", run=services.run, rounds=40, quick=8),
