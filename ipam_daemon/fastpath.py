@@ -1,6 +1,7 @@
 """The fast path in the kernel: which ports and devices have its programs, and which pods it knows.
 
     every 2 s    onlookers ─▶ programs at devices and ports ─▶ pods in the map ─▶ lease    (fastpath_keeper.py)
+    0.1 s later  onlookers ─▶ programs at a few of the ports that are new, until there are no more of them
     DEL          the pod leaves the map before its wire is killed                          2 µs an address
 
 It is no part of a pod's network, which is whole without it: an ADD waits for none of it, and what fails of it is said
@@ -15,7 +16,8 @@ alone. The next daemon ends them before it answers anybody, and puts its own the
 somebody else's, have ours for as long as the daemon lives, and where packets of pods come by them: with the backends
 `direct` and `auto`.
 
-A round costs 7 ms with 250 pods, nearly all of it the question who else is at each port. What the programs are made for
+A round costs 10 ms with 250 pods, nearly all of it the question who else is at each port; so what comes between two of
+them asks of the new ports alone. What the programs are made for
 (devices, pools, blocks) seldom changes; then new ones are put in the place of the old, without a packet in between.
 
 Conntrack does not see what goes the fast way, and would take the end of such a connection for a stranger's packet:
@@ -201,6 +203,7 @@ class FastPath:
         self._node: Node | None = None  # what the programs are for
         self._programs: dict[Where, int] = {}
         self._ports: dict[str, _Port] = {}
+        self._waiting: dict[str, Attachment] = {}  # wires whose ports the last round left for later
         self._attached: dict[int, _Place] = {}  # by ifindex
         self._links: dict[int, int] = {}  # the underlay's, by ifindex
         self.passed_over: dict[str, str] = {}
@@ -215,7 +218,10 @@ class FastPath:
 
     def ensure(self, plan: NodePlan, wires: Sequence[Attachment], young: Set[str]) -> bool:
         """Brings the kernel to what the plan and the wires say. False when there is more to do, which others need not
-        wait for. To the ports of `young` wires other plugins may yet do something. Raises PlumbingFailed, OSError."""
+        wait for: `go_on` does it. To the ports of `young` wires other plugins may yet do something.
+
+        Raises PlumbingFailed, OSError.
+        """
         onlookers = Onlookers(self._thread)
         self.passed_over = {}
         direct = self._direct(plan)
@@ -224,13 +230,20 @@ class FastPath:
         if read_sysctl(_RESETS):
             write_sysctl(_RESETS, "1")
         self._ensure_devices(onlookers, direct)
-        done = self._ensure_ports(onlookers, plan, wires, young)
+        self._look_at_ports(onlookers, {each.host_ifname: each for each in wires if not each.bandwidth}, young)
+        done = self._take_some(onlookers)
         until = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(LEASE_S * 1e9)
         self._lease.put(struct.pack("=I", 0), struct.pack("=Q", until))
         return done
 
+    def go_on(self) -> bool:
+        """Takes a few of the ports that the last round left. False when there are more. Raises PlumbingFailed,
+        OSError."""
+        return self._take_some(Onlookers(self._thread))
+
     def forget(self, host_ifname: str) -> None:
         """No packet takes the fast way to or from this port any more. One that is not known is fine."""
+        self._waiting.pop(host_ifname, None)
         port = self._ports.get(host_ifname)
         if port is not None:
             for key in port.keys:
@@ -378,10 +391,8 @@ class FastPath:
             self.passed_over[ifname] = why
         return bool(why)
 
-    def _ensure_ports(self, onlookers: Onlookers, plan: NodePlan, wires: Iterable[Attachment], young: Set[str]) -> bool:
-        """Takes a few new ports at a time; False when there are more."""
-        bridge = index_of(plan.bridge.name)
-        wanted = {each.host_ifname: each for each in wires if not each.bandwidth}
+    def _look_at_ports(self, onlookers: Onlookers, wanted: dict[str, Attachment], young: Set[str]) -> None:
+        """Takes the programs from known ports that are somebody else's business now, and finds the new ones."""
         for name, port in list(self._ports.items()):
             gone = name not in wanted or not onlookers.is_there(port.ifindex)
             if (
@@ -392,27 +403,34 @@ class FastPath:
                 self.forget(name)
         present = {port.ifindex for port in self._ports.values()} | {index_of(VXLAN)}
         self._attached = {index: where for index, where in self._attached.items() if index in present}
+        self._waiting = {
+            name: wire
+            for name, wire in wanted.items()
+            if name not in self._ports and (name not in young or onlookers.has_filters(index_of(name)))
+        }
+
+    def _take_some(self, onlookers: Onlookers) -> bool:
+        """Takes a few new ports; False when there are more."""
         admitted = 0
-        for name in wanted.keys() - self._ports.keys():
-            index = self._new_port(name, bridge)
-            filtered = onlookers.has_filters(index)
-            if not index or (name in young and not filtered) or self._is_watched(onlookers, index, name, sends=True):
-                continue
-            if admitted >= _AT_A_TIME:
-                return False
-            if self._attach(index, name, Where.FROM_POD, onlookers):
-                self._admit(name, index, wanted[name])
-                admitted += 1 if filtered else _AT_A_TIME
+        for name, wire in list(self._waiting.items()):
+            index = self._new_port(name)
+            if index and not self._is_watched(onlookers, index, name, sends=True):
+                if admitted >= _AT_A_TIME:
+                    return False
+                if self._attach(index, name, Where.FROM_POD, onlookers):
+                    self._admit(name, index, wire)
+                    admitted += 1 if onlookers.has_filters(index) else _AT_A_TIME
+            self._waiting.pop(name, None)
         return True
 
-    def _new_port(self, name: str, bridge: int) -> int:
+    def _new_port(self, name: str) -> int:
         """The index of a wire's end on the node, 0 for one that is gone or dead."""
         index = index_of(name)
         if not index:
             return 0
         with suppress(OSError):  # it is gone since
             (link,) = self._thread.channel.exchange([get_link(index)])
-            return index if is_port_of(link, bridge) else 0
+            return index if self._node and is_port_of(link, self._node.bridge) else 0
         return 0
 
     def _admit(self, name: str, ifindex: int, wire: Attachment) -> None:

@@ -27,7 +27,7 @@ from ipam_daemon.plan import NodePlan
 ROUND_S = 2.0
 """How often it is looked after."""
 MORE_S = 0.1
-"""The same while there is more to do: to attach a program by TCX holds up whoever else wants to change a link."""
+"""How long new ports wait for one another: to attach a program by TCX holds up whoever else wants to change a link."""
 AGAIN_S = 60.0
 """How often a kernel that cannot is asked again: it costs 50 ms, and what lacked may have been a file descriptor."""
 _LONG_AGO_S = 60.0  # the plugins of an ADD that began so long before this daemon are through
@@ -58,6 +58,7 @@ class FastPathKeeper:
         self._after = after
         self._seen: dict[tuple[AttachmentKey, int], int] = {}  # attached since when, as far as this daemon knows
         self._path: FastPath | None = None
+        self._due = 0.0  # when everything is looked at again, on the loop's clock
         self._obstacle = "the daemon has just started"
 
     @property
@@ -123,8 +124,13 @@ class FastPathKeeper:
         path = self._path or await self._open()
         if path is None:
             return AGAIN_S
+        clock = asyncio.get_running_loop().time
         try:
-            done = await self._thread.run(path.ensure, plan, *self._wires_and_young())
+            if clock() < self._due:
+                done = await self._thread.run(path.go_on)
+            else:
+                self._due = clock() + ROUND_S
+                done = await self._thread.run(path.ensure, plan, *self._wires_and_young())
         except (CniError, OSError, sqlite3.Error) as error:
             self._say(str(error))
         except Exception as error:  # nothing of the node waits for a fast path, whatever it is that went wrong
@@ -132,7 +138,8 @@ class FastPathKeeper:
             self._say(repr(error))
         else:
             self._obstacle = ""
-            return ROUND_S if done else MORE_S
+            return max(0.0, self._due - clock()) if done else MORE_S
+        self._due = 0.0
         return ROUND_S
 
     def _wires_and_young(self) -> tuple[list[Attachment], frozenset[str]]:

@@ -1,7 +1,7 @@
 """Rounds of the fast path, one at a time, on a node with pods and without a daemon: what runs where, and whose it is.
 
 last      the port of a pod that no plugin follows: its place for filters (clsact) is made with it
-other     that of any other: its program comes by TCX, one port a round, and no place is ever made
+other     that of any other: its program comes by TCX, one port at a time, and no place is ever made
 """
 
 from __future__ import annotations
@@ -83,8 +83,9 @@ class Place:
 
     async def rounds(self) -> None:
         """Until all is done."""
-        while not await self.round():
-            continue
+        done = await self.round()
+        while not done:
+            done = await self.run(self.path.go_on)
 
     def wires(self) -> Sequence[Attachment]:
         return self.engine.journal.attachments()
@@ -258,7 +259,7 @@ def test_programs_follow_the_blocks_of_the_node(tmp_path: Path) -> None:
     play(story)
 
 
-def test_by_tcx_pods_are_taken_one_a_round(tmp_path: Path) -> None:
+def test_by_tcx_pods_are_taken_one_at_a_time(tmp_path: Path) -> None:
     """Those that are young are not; those with a place for filters are, all together."""
 
     async def story() -> None:
@@ -268,11 +269,34 @@ def test_by_tcx_pods_are_taken_one_a_round(tmp_path: Path) -> None:
                 2,
                 [FILTER if each in (2, 4) else ([], [], False) for each in range(5)],
             )
-            said = [(await its.round(), its.path.known) for _ in range(4)]
+            said = [(await its.round(), its.path.known)]
+            said += [(await its.run(its.path.go_on), its.path.known) for _ in range(3)]
             assert said == [(False, 3), (False, 4), (True, 5), (True, 5)]
             assert [await its.at(each) for each in its.ports] == [BY_TCX, BY_TCX, FILTER, BY_TCX, FILTER]
             with its.talk(0, 2) as talk:
                 assert await its.fast(talk) == 20
+
+    play(story)
+
+
+def test_what_becomes_of_a_port_while_it_waits_is_seen(tmp_path: Path) -> None:
+    """One gets a queue, one dies, and the name of one goes to another link."""
+
+    async def story() -> None:
+        async with place(tmp_path, *[False] * 5) as its:
+            assert not await its.round()
+            first = set(its.ports) - its.path._waiting.keys()
+            limited, dead, replaced, left = list(its.path._waiting)
+            its.node.run(*f"tc qdisc add dev {limited} root tbf rate 1mbit burst 10k latency 9ms".split())
+            await its.run(its.path.forget, dead)
+            its.node.ip("link", "delete", replaced)
+            its.node.ip("link", "add", replaced, "type", "veth", "peer", "name", "peer")
+            while not await its.run(its.path.go_on):
+                continue
+            assert its.path._ports.keys() == {*first, left}
+            assert "queueing" in its.path.passed_over[limited]
+            assert [await its.at(each) for each in (limited, dead, replaced)] == [([], [], False)] * 3
+            assert await its.at(left) == BY_TCX
 
     play(story)
 
