@@ -11,6 +11,8 @@
                       ├─ ARP ───▶ arp_v4     ether saddr and sender's MAC bound, sender's address too (or a probe)
                       └─ everything else, also what has a VLAN tag, is dropped
 
+             forward ─── multicast from pod to pod ──▶ flooded   what routers are told goes to ports in `routers` alone
+
 Services and policies know a pod by its address, so an address must be what the daemon gave, and not what a pod says. It
 is bound to the port, which the pod cannot choose, and to the MAC that ADD set. The addresses of an attachment are its
 own and the link-local one that its MAC makes (EUI-64, RFC 4291 appendix A); the source `::` passes for duplicate
@@ -22,6 +24,13 @@ Linux sends no other. It has no extension headers, because it may then be anywhe
 group addresses (01:80:c2:00:00:0x), which a bridge takes for itself and learns from, are forwarded like others by a
 pod's port (wires.FORWARDED_GROUPS), so that they come by here: a chain in `input`, for those alone, cost every packet
 that leaves its node 0.08 µs.
+
+Who listens to which group (IGMP, MLD), and who looks for a router (router solicitations), is for routers. A bridge
+hands it to every port for as long as it knows of no querier: every pod wakes up for six packets of each new one. RFC
+4541 (2.1.1, 3) says who gets reports: ports behind which there is a router, known by its queries or by PIM. The bridge
+itself, the node, and whatever port is not a pod's get all of it as before; nor could a pod answer a solicitation, as
+above. The rules fill `routers` themselves, with the bridge's own time for it; after an exchange of the table a router
+among the pods is known again at its next query. A unicast packet is past this chain with its first comparison.
 
 A pod's port is one whose name begins with `pw`, as no other bridge's should. The number of rules is constant, an
 address is one element (of IPv6 two), a MAC is two. What is honest passes at the first look into a hash table: 0.12 µs
@@ -53,7 +62,9 @@ PORT_PREFIX = "pw"
 """What the names of all wires begin with (plan.plan_attachment). `meta ibrname` would need a module of the kernel."""
 _PRIORITY = -400  # before ebtables' NAT (-300) and connection tracking of bridges (-200), too
 _FROM_POD = f'iifname "{PORT_PREFIX}*"'
-_LISTENERS = ("mld-listener-report", "mld-listener-done", "mld2-listener-report")
+_LISTENERS = ", ".join(("mld-listener-report", "mld-listener-done", "mld2-listener-report"))
+_MEMBERS = ", ".join(("membership-report-v1", "membership-report-v2", "membership-report-v3", "leave-group"))
+_PIM = 103  # a number, because a node may have no /etc/protocols
 _ETHERNET_IPV4 = "arp htype 1 arp ptype ip arp hlen 6 arp plen 4"
 _PORT_SIZE = 16
 
@@ -117,6 +128,9 @@ SETS: dict[str, tuple[Field, ...]] = {
 }
 """Set → the fields of its key."""
 
+LEARNT = {"routers": "type ifname; flags dynamic,timeout; timeout 255s; size 4096"}
+"""Set that the rules fill themselves → its declaration. The time is RFC 3376's Other Querier Present Interval."""
+
 
 # --- attachment → elements ------------------------------------------------------------------------------------------
 
@@ -151,7 +165,9 @@ def _drop(reason: str) -> str:
     return f"counter name {COUNTED}{reason} drop"
 
 
-_HOOKS = {"prerouting": f"{{ type filter hook prerouting priority {_PRIORITY}; policy accept; }}"}
+_HOOKS = {
+    hook: f"{{ type filter hook {hook} priority {_PRIORITY}; policy accept; }}" for hook in ("prerouting", "forward")
+}
 
 RULES: dict[str, Sequence[str]] = {
     "blame": (f"iifname . ether saddr != @macs {_drop('mac')}", _drop("address")),
@@ -168,7 +184,7 @@ RULES: dict[str, Sequence[str]] = {
         "accept",
     ),
     "v6_unspecified": (
-        f"icmpv6 type {{ {', '.join(_LISTENERS)} }} iifname . ether saddr @macs accept",
+        f"icmpv6 type {{ {_LISTENERS} }} iifname . ether saddr @macs accept",
         "icmpv6 type nd-neighbor-solicit iifname . ether saddr @macs iifname . @th,64,128 @targets6 accept",
         "goto blame",
     ),
@@ -191,6 +207,15 @@ RULES: dict[str, Sequence[str]] = {
         "ether type ip6 iifname . ether saddr . ip6 saddr @bound6 goto v6_bound",
         f"{_FROM_POD} goto from_pod",
     ),
+    "flooded": (
+        "icmpv6 type mld-listener-query update @routers { iifname } accept",
+        "igmp type membership-query update @routers { iifname } accept",
+        f"meta l4proto {_PIM} update @routers {{ iifname }} accept",
+        "oifname @routers accept",
+        f"icmpv6 type {{ nd-router-solicit, {_LISTENERS} }} drop",
+        f"igmp type {{ {_MEMBERS} }} drop",
+    ),
+    "forward": (f'meta pkttype multicast {_FROM_POD} oifname "{PORT_PREFIX}*" goto flooded',),
 }
 """Chain → its rules, in an order in which each chain comes before those that go to it."""
 
@@ -200,7 +225,7 @@ def render(wanted: Iterable[Element]) -> str:
     table = str(TABLE)
     lines = [f"add table {table}", f"delete table {table}", f"add table {table}"]
     lines += [f"add counter {table} {COUNTED}{reason}" for reason in REASONS]
-    lines += [f"add set {table} {name} {{ {_declaration(fields)}; }}" for name, fields in SETS.items()]
+    lines += [f"add set {table} {declared}" for declared in _declared()]
     listed: dict[str, list[str]] = {}
     for element in sorted(wanted):
         listed.setdefault(element.set, []).append(text(element))
@@ -221,8 +246,7 @@ def text(element: Element) -> str:
 
 def shape() -> Shape:
     """The shape that the table has when nobody has changed it."""
-    declared = [f"{name} {_declaration(fields)}" for name, fields in SETS.items()]
-    mark = hashlib.sha256("\n".join([*REASONS, *declared, *_chains()]).encode()).hexdigest()[:16]
+    mark = hashlib.sha256("\n".join([*REASONS, *_declared(), *_chains()]).encode()).hexdigest()[:16]
     return Shape(mark, tuple(sorted({**{chain: len(rules) for chain, rules in RULES.items()}, "shape": 1}.items())))
 
 
@@ -242,6 +266,11 @@ def _chains() -> list[str]:
         lines.append(f"add chain {TABLE} {chain} {_HOOKS.get(chain, '')}".rstrip())
         lines += [f"add rule {TABLE} {chain} {rule}" for rule in rules]
     return lines
+
+
+def _declared() -> list[str]:
+    known = {name: _declaration(fields) for name, fields in SETS.items()}
+    return [f"{name} {{ {declaration}; }}" for name, declaration in (known | LEARNT).items()]
 
 
 def _declaration(fields: Sequence[Field]) -> str:

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 from ipam_daemon.model import Attachment, AttachmentKey
-from ipam_daemon.spoofguard import RULES, SETS, Element, elements, link_local, parse_shape, port_of, render, shape, text
+from ipam_daemon.spoofguard import (
+    LEARNT,
+    RULES,
+    SETS,
+    Element,
+    elements,
+    link_local,
+    parse_shape,
+    port_of,
+    render,
+    shape,
+    text,
+)
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "spoofguard.nft"
 PORT, MAC = "pw0123456789ab", "0a:58:0a:f4:01:03"
@@ -91,7 +103,7 @@ def test_every_rule_knows_the_chains_and_sets_that_it_names() -> None:
         for rule in rules:
             words = rule.split()
             assert {target for word, target in pairwise(words) if word == "goto"} <= known
-            assert {word[1:] for word in words if word.startswith("@") and "," not in word} <= set(SETS)
+            assert {word[1:] for word in words if word.startswith("@") and "," not in word} <= {*SETS, *LEARNT}
         known.add(chain)
 
 
