@@ -16,7 +16,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from pyroute2 import IPRoute
@@ -30,7 +30,6 @@ from podwire.nfnetlink import Nftables
 
 _SIOCGIFINDEX, _IFREQ = 0x8933, struct.Struct("=16si20x")  # netdevice(7)
 _LONGEST_NAME = 15  # bytes
-_EUI64 = "0"  # IN6_ADDR_GEN_MODE_EUI64, linux/if_link.h
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -118,15 +117,10 @@ def container(netns_fd: int, ifname: str) -> Iterator[tuple[Any, int]]:
 
 @contextmanager
 def container_channel(netns_fd: int, ifname: str) -> Iterator[tuple[Channel, int]]:
-    """The same with a socket for packed messages, which costs nothing to adopt. The interface will have the link-local
-    address that its MAC makes, whatever the node's default is: to that a wire is bound (ipam_daemon/spoofguard.py)."""
+    """The same with a socket for packed messages, which costs nothing to adopt."""
     with inside(netns_fd):
         channel = Channel(netlink_socket())
         index = index_of(ifname)
-        with suppress(
-            PlumbingFailed
-        ):  # a kernel without IPv6 has no such sysctl, a read-only /proc/sys its own default
-            write_sysctl(f"net/ipv6/conf/{ifname}/addr_gen_mode", _EUI64)
     try:
         yield channel, index
     finally:

@@ -55,6 +55,7 @@ from ipam_daemon.rtnl import (
     get_link,
     is_sending,
     lower_link,
+    make_link_local_of_mac,
     make_pair,
     mtu_of,
     raise_link,
@@ -188,6 +189,8 @@ class Wires:
         if any(interface.version == 6 for interface in attachment.addresses):
             _enable_ipv6(netns, ifname)
         with container_channel(netns, ifname) as (channel, index), naming(f"{attachment.key} in its namespace"):
+            with tolerating(errno.EAFNOSUPPORT):  # a kernel without IPv6
+                channel.exchange([make_link_local_of_mac(index)])  # what the guard knows the pod by
             addresses = [add_address(index, interface) for interface in attachment.addresses]
             routes = [add_default_route(index, gateways[interface.network]) for interface in attachment.addresses]
             try:
