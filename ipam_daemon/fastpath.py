@@ -58,11 +58,11 @@ from ipam_daemon.fastpath_program import (
     render,
     render_nothing,
 )
+from ipam_daemon.links import get_link, read_link
 from ipam_daemon.model import Attachment, Network
 from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, tolerating, write_sysctl
 from ipam_daemon.onlookers import Onlookers, has_ipsec
 from ipam_daemon.plan import VXLAN, NodePlan
-from ipam_daemon.rtnl import get_link, is_ethernet, is_port_of
 from podwire.bpf import kernel, tcx
 from podwire.bpf.btf import BtfError
 from podwire.errors import PodwireError
@@ -313,7 +313,7 @@ class FastPath:
     def _is_ethernet(self, ifindex: int) -> bool:
         """Others have frames of another shape (WireGuard's, say), or none."""
         (link,) = self._thread.channel.exchange([get_link(ifindex)])
-        return is_ethernet(link)
+        return read_link(link).is_ethernet
 
     def _attach(self, ifindex: int, ifname: str, where: Where, onlookers: Onlookers) -> bool:
         """Runs the program for what a link of ours takes in. False where the kernel cannot."""
@@ -430,7 +430,7 @@ class FastPath:
             return 0
         with suppress(OSError):  # it is gone since
             (link,) = self._thread.channel.exchange([get_link(index)])
-            return index if self._node and is_port_of(link, self._node.bridge) else 0
+            return index if self._node and read_link(link).is_port_of(self._node.bridge) else 0
         return 0
 
     def _admit(self, name: str, ifindex: int, wire: Attachment) -> None:

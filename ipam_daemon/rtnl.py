@@ -3,7 +3,7 @@
 An ADD makes seven small requests. pyroute2 takes 0.2–0.4 ms for each, nearly all of it its own Python, and 0.4 ms more
 to adopt the socket inside the pod's namespace: 3.3 ms in all, where these take 0.6–1.3 ms, most of it the kernel's. On
 a node whose cores are busy starting pods that is what limits how many start. Requests that follow one another go in one
-datagram. Only what ADD and the kill of a DEL need is here; everything else is pyroute2's.
+datagram. Only what ADD and the kill of a DEL need is here, and links.py for reading; everything else is pyroute2's.
 
     Message ──▶ one datagram ──▶ kernel: each in its order, one answer each ──▶ Channel.exchange()
 
@@ -25,12 +25,12 @@ from itertools import count
 import msgspec
 
 from ipam_daemon.model import Address, Interface
-from podwire.nlattr import attribute, attributes, message, messages
+from podwire.nlattr import attribute, message, messages
 
 # netlink
-_ERROR, _DONE, _NEWLINK, _GETLINK, _NEWADDR, _NEWROUTE, _NEWNEIGH = 2, 3, 16, 18, 20, 24, 28
+_ERROR, _DONE, _NEWLINK, _NEWADDR, _NEWROUTE, _NEWNEIGH = 2, 3, 16, 20, 24, 28
 _REQUEST, _ACK, _EXCL, _DUMP, _CREATE = 0x1, 0x4, 0x200, 0x300, 0x400
-_LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
+LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 _ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
@@ -38,18 +38,16 @@ _U8, _U16, _U32, _ERRNO = struct.Struct("=B"), struct.Struct("=H"), struct.Struc
 _BUFFER = 1 << 16
 
 # attributes and values
-_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_OPERSTATE = 1, 3, 4, 10, 16
-_IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_GROUP, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 18, 20, 27, 28, 29
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER = 1, 3, 4, 10
+_IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_GROUP, _IFLA_NET_NS_FD = 18, 20, 27, 28
 _IFLA_AF_SPEC, _INET6_ADDR_GEN_MODE, _EUI64 = 26, 8, 0
 _INFO_KIND, _INFO_DATA, _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER, _BRPORT_MODE, _BRPORT_GROUP_FWD_MASK = 1, 4, 31
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _RTA_OIF, _RTA_GATEWAY = 4, 5
-_IFF_UP, _IFA_F_NODAD, _SKIP_STATS = 0x1, 0x02, 1 << 3
+_IFF_UP, _IFA_F_NODAD = 0x1, 0x02
 _TABLE_MAIN, _PROTOCOL_STATIC, _SCOPE_UNIVERSE, _TYPE_UNICAST = 254, 4, 0, 1
 _NDA_LLADDR, _NUD_NOARP, _NTF_MASTER = 2, 0x40, 0x04
-_OPERSTATE_UP = 6
-_ETHERNET = 1  # linux/if_arp.h
 _FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
@@ -76,10 +74,10 @@ class End(msgspec.Struct, frozen=True, kw_only=True):
 def make_pair(host: End, master: int, peer: End, netns: int) -> Message:
     """Makes a veth pair: `host` here, up, a port of the link with index `master`; `peer` in the namespace `netns`, a
     file descriptor."""
-    theirs = _LINK.pack(0, 0, 0, 0, 0) + _end(peer) + attribute(_IFLA_NET_NS_FD, _U32.pack(netns))
+    theirs = LINK.pack(0, 0, 0, 0, 0) + _end(peer) + attribute(_IFLA_NET_NS_FD, _U32.pack(netns))
     info = attribute(_INFO_KIND, b"veth") + attribute(_INFO_DATA, attribute(_VETH_INFO_PEER, theirs))
     body = (
-        _LINK.pack(0, 0, 0, _IFF_UP, _IFF_UP)
+        LINK.pack(0, 0, 0, _IFF_UP, _IFF_UP)
         + _end(host)
         + attribute(_IFLA_MASTER, _U32.pack(master))
         + attribute(_IFLA_LINKINFO, info)
@@ -93,7 +91,7 @@ def set_port(index: int, alias: str, forwarded_groups: int) -> Message:
     port = attribute(_BRPORT_MODE, _U8.pack(1)) + attribute(_BRPORT_GROUP_FWD_MASK, _U16.pack(forwarded_groups))
     info = attribute(_INFO_SLAVE_KIND, b"bridge") + attribute(_INFO_SLAVE_DATA, port)
     named = attribute(_IFLA_IFALIAS, alias.encode()) if alias else b""
-    body = _LINK.pack(0, 0, index, 0, 0) + named + attribute(_IFLA_LINKINFO, info)
+    body = LINK.pack(0, 0, index, 0, 0) + named + attribute(_IFLA_LINKINFO, info)
     return Message(_NEWLINK, 0, body, "bridge port")
 
 
@@ -108,35 +106,29 @@ def set_port_mac(index: int, mac: str) -> Message:
 
 def raise_link(index: int) -> Message:
     """Sets a link up."""
-    return Message(_NEWLINK, 0, _LINK.pack(0, 0, index, _IFF_UP, _IFF_UP), "link up")
+    return Message(_NEWLINK, 0, LINK.pack(0, 0, index, _IFF_UP, _IFF_UP), "link up")
 
 
 def make_link_local_of_mac(index: int) -> Message:
     """The link will make its link-local address of its MAC (RFC 4291, appendix A). EAFNOSUPPORT without IPv6."""
     six = attribute(socket.AF_INET6, attribute(_INET6_ADDR_GEN_MODE, _U8.pack(_EUI64)))
-    body = _LINK.pack(0, 0, index, 0, 0) + attribute(_IFLA_AF_SPEC, six)
+    body = LINK.pack(0, 0, index, 0, 0) + attribute(_IFLA_AF_SPEC, six)
     return Message(_NEWLINK, 0, body, "how its link-local address is made")
 
 
 def set_mtu(index: int, mtu: int) -> Message:
     """Gives a link an MTU, in bytes."""
-    return Message(_NEWLINK, 0, _LINK.pack(0, 0, index, 0, 0) + attribute(_IFLA_MTU, _U32.pack(mtu)), "MTU")
+    return Message(_NEWLINK, 0, LINK.pack(0, 0, index, 0, 0) + attribute(_IFLA_MTU, _U32.pack(mtu)), "MTU")
 
 
 def lower_link(index: int, group: int) -> Message:
     """Sets a link down, takes it out of its bridge, and puts it into a link group, all at once."""
     body = (
-        _LINK.pack(0, 0, index, 0, _IFF_UP)
+        LINK.pack(0, 0, index, 0, _IFF_UP)
         + attribute(_IFLA_MASTER, _U32.pack(0))
         + attribute(_IFLA_GROUP, _U32.pack(group))
     )
     return Message(_NEWLINK, 0, body, "link down")
-
-
-def get_link(index: int) -> Message:
-    """Asks for a link, its counters left out."""
-    body = _LINK.pack(0, 0, index, 0, 0) + attribute(_IFLA_EXT_MASK, _U32.pack(_SKIP_STATS))
-    return Message(_GETLINK, 0, body, "link")
 
 
 def add_address(index: int, interface: Interface) -> Message:
@@ -161,33 +153,6 @@ def add_default_route(index: int, gateway: Address) -> Message:
         + attribute(_RTA_OIF, _U32.pack(index))
     )
     return Message(_NEWROUTE, _CREATE | _EXCL, body, f"default route via {gateway}")
-
-
-def is_sending(link: bytes) -> bool:
-    """Whether the link in an answer to `get_link` is operationally up (RFC 2863): it sends what it is given."""
-    return _find(link, _IFLA_OPERSTATE)[:1] == bytes((_OPERSTATE_UP,))
-
-
-def mtu_of(link: bytes) -> int:
-    """The MTU of the link in an answer to `get_link`, in bytes."""
-    found = _find(link, _IFLA_MTU)
-    return int(_U32.unpack(found)[0]) if found else 0
-
-
-def is_ethernet(link: bytes) -> bool:
-    """Whether the frames of the link in an answer to `get_link` are Ethernet's (ARPHRD_ETHER)."""
-    return bool(_LINK.unpack_from(link)[1] == _ETHERNET)
-
-
-def is_port_of(link: bytes, bridge: int) -> bool:
-    """Whether the link in an answer to `get_link` is up and a port of the bridge with this index."""
-    flags, master = _LINK.unpack_from(link)[3], _find(link, _IFLA_MASTER)
-    return bool(flags & _IFF_UP) and master == _U32.pack(bridge)
-
-
-def _find(link: bytes, wanted: int) -> bytes:
-    """The value of an attribute in an answer to `get_link`; empty when there is none."""
-    return next((value for kind, value in attributes(link[_LINK.size :]) if kind == wanted), b"")
 
 
 # --- the socket -----------------------------------------------------------------------------------------------------

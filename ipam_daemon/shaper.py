@@ -17,6 +17,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from ipam_daemon import tc
 from ipam_daemon.bandwidth import Queue, queue_names, queues, wire_of
 from ipam_daemon.errors import PlumbingFailed
+from ipam_daemon.links import list_links, read_link
 from ipam_daemon.model import Attachment, Bandwidth
 from ipam_daemon.netlink import NetlinkThread, index_of, naming, tolerating
 from ipam_daemon.rtnl import Message, raise_link
@@ -87,7 +88,8 @@ class Shaper:
     def strays(self, known: Iterable[str]) -> tuple[str, ...]:
         """Wires that are gone and left a device. `known` are the names of those that somebody still has."""
         wires = set(known)
-        found = {wire_of(str(link.get("ifname"))) for link in self._thread.host.get_links(kind="ifb")}
+        with naming("listing ifb devices"):
+            found = {wire_of(read_link(each).name) for each in self._thread.channel.dump(list_links("ifb"))}
         return tuple(sorted(wire for wire in found - {""} if wire not in wires and not index_of(wire)))
 
     # --- reading back

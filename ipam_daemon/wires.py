@@ -35,6 +35,7 @@ from ipam_daemon.faults import point
 from ipam_daemon.guard import SpoofGuard
 from ipam_daemon.hostport_table import read_table
 from ipam_daemon.hostports import mappings_of
+from ipam_daemon.links import Link, Port, get_link, list_links, read_link
 from ipam_daemon.model import Address, Attachment, Network, host_mac
 from ipam_daemon.netlink import (
     NetlinkThread,
@@ -52,12 +53,9 @@ from ipam_daemon.rtnl import (
     End,
     add_address,
     add_default_route,
-    get_link,
-    is_sending,
     lower_link,
     make_link_local_of_mac,
     make_pair,
-    mtu_of,
     raise_link,
     set_mtu,
     set_port,
@@ -73,6 +71,7 @@ FORWARDED_GROUPS = 0xFFFD
 """The reserved group addresses 01:80:c2:00:00:0x that a port forwards, as a mask: all but that of pause frames, which
 the kernel drops. A bridge that keeps such a frame to itself learns its sender's MAC before anybody has looked at it
 (IEEE 802.1D, table 7-10; br_handle_frame())."""
+_PORT = Port(hairpin=True, forwarded_groups=FORWARDED_GROUPS)
 _UP = "up"
 _CARRIER_SECONDS, _CARRIER_POLL = 5.0, 0.001  # a kernel before 6.9 may run its link watch once a second
 
@@ -224,7 +223,7 @@ class Wires:
             last = time.monotonic() > deadline  # before it is asked: this process may be what stood still
             with naming(f"looking at {' and '.join(names)}"):
                 links = self._thread.channel.exchange([get_link(index_of(name)) for name in names])
-            silent = [name for name, link in zip(names, links, strict=True) if not is_sending(link)]
+            silent = [name for name, link in zip(names, links, strict=True) if not read_link(link).is_sending]
             if not silent:
                 return
             if last:
@@ -339,39 +338,37 @@ class Wires:
         limited = (each for each in attachments if each.bandwidth)
         return {each.host_ifname: tuple(self._shaper.differences(each)) for each in limited}
 
-    def _port(self, host_ifname: str) -> Any:
+    def _port(self, host_ifname: str) -> Link | None:
         """The host's end as the kernel has it, None when it is gone."""
         index = index_of(host_ifname)
+        if not index:
+            return None
         try:
-            return self._thread.host.get_links(index)[0] if index else None
-        except NetlinkError as error:  # a namespace that is being deleted takes its wires with it at any moment
-            if error.code != errno.ENODEV:
+            return read_link(*self._thread.channel.exchange([get_link(index)]))
+        except OSError as error:  # a namespace that is being deleted takes its wires with it at any moment
+            if error.errno != errno.ENODEV:
                 raise
             return None
 
-    def _port_differences(self, link: Any, attachment: Attachment) -> list[str]:
+    def _port_differences(self, link: Link | None, attachment: Attachment) -> list[str]:
         if link is None:
             return [f"{attachment.host_ifname} is gone"]
         found = []
-        port = link.get(("linkinfo", "slave_data"))
-        if link.get("master") != index_of(self._bridge):
+        if link.master != index_of(self._bridge):
             found.append(f"{attachment.host_ifname} is not a port of {self._bridge}")
-        elif port is None or not port.get("mode") or port.get("group_fwd_mask") != FORWARDED_GROUPS:
+        elif link.port != _PORT:
             found.append(f"{attachment.host_ifname} is a port of other settings")
-        if link.get("state") != _UP:
+        if not link.is_up:
             found.append(f"{attachment.host_ifname} is down")
         return found
 
     def found(self, now: float) -> tuple[Attachment, ...]:
         """The live wires that the kernel has, as their aliases describe them. For a journal that was lost."""
-        attachments = []
-        for link in self._thread.host.get_links():
-            if link.get("group") == DOOMED_GROUP or not link.get("ifalias"):
-                continue
-            attachment = attachment_of(link.get("ifalias"), link.get("ifname"), link.get("mtu"), now)
-            if attachment is not None:
-                attachments.append(attachment)
-        return tuple(attachments)
+        with naming("listing links"):
+            links = map(read_link, self._thread.channel.dump(list_links()))
+        live = (link for link in links if link.alias and link.group != DOOMED_GROUP)
+        described = (attachment_of(link.alias, link.name, link.mtu, now) for link in live)
+        return tuple(attachment for attachment in described if attachment is not None)
 
     def recall(self, wire: Attachment) -> Attachment:
         """A wire that was found, with what its alias has no room for: its limits, and the ports that lead to it."""
@@ -397,7 +394,7 @@ class Wires:
     def has(self, attachment: Attachment) -> bool:
         """Whether the wire of this name is there and its alias still says the same."""
         link = self._port(attachment.host_ifname)
-        return link is not None and link.get("group") != DOOMED_GROUP and link.get("ifalias") == alias_of(attachment)
+        return link is not None and link.group != DOOMED_GROUP and link.alias == alias_of(attachment)
 
     def mend(self, attachment: Attachment) -> WireState:
         """Puts a wire's port back into the bridge, and up, when somebody took it out, its alias when that was changed,
@@ -408,11 +405,10 @@ class Wires:
         if self._guard and not self._guard.is_bound(attachment):
             self._guard.bind(attachment)  # the journal has taken it in
         limited = self._shaper.mend(attachment)
-        named = (link.get("ifalias") or "") == alias_of(attachment)
-        if named and not self._port_differences(link, attachment):
+        if link.alias == alias_of(attachment) and not self._port_differences(link, attachment):
             return WireState.MENDED if limited else WireState.FINE
         with naming(f"bridge port {attachment.host_ifname}"):
-            self._thread.host.link("set", index=link["index"], master=index_of(self._bridge), state=_UP)
+            self._thread.host.link("set", index=link.index, master=index_of(self._bridge), state=_UP)
         self._configure_port(attachment)
         return WireState.MENDED
 
@@ -427,7 +423,7 @@ def _enable_ipv6(netns: int, ifname: str) -> None:
 
 def _resize(channel: Channel, index: int, known: int, mtu: int) -> None:
     (link,) = channel.exchange([get_link(index)])
-    if mtu_of(link) == known:
+    if read_link(link).mtu == known:
         channel.exchange([set_mtu(index, mtu)])
 
 

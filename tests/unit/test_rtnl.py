@@ -15,6 +15,7 @@ from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from ipam_daemon import rtnl
+from ipam_daemon.links import get_link
 from ipam_daemon.rtnl import Channel, End, Message
 
 
@@ -92,14 +93,6 @@ def test_a_default_route(gateway: str) -> None:
     assert (message.get("gateway"), message.get("oif")) == (gateway, 4)
 
 
-@pytest.mark.parametrize(("state", "sends"), [(0, False), (2, False), (6, True)])
-def test_a_link_says_whether_it_sends(state: int, sends: bool) -> None:
-    name, operstate = b"\x08\0\x03\0ab\0\0", struct.pack("=HHBxxx", 5, 16, state)
-    assert rtnl.is_sending(bytes(16) + name + operstate) is sends
-    assert not rtnl.is_sending(bytes(16) + name)
-    assert not rtnl.is_sending(bytes(16) + b"\0\0\0\0" * 3)
-
-
 def answer(number: int, code: int) -> bytes:
     return struct.pack("=IHHIIi", 20, 2, 0, number, 0, -code)
 
@@ -112,11 +105,11 @@ def test_an_exchange_waits_for_every_answer_and_tells_the_first_failure() -> Non
         kernel.send(answer(99, errno.EPERM))  # of an exchange that was given up
         kernel.send(answer(3, errno.ENODEV))
         with pytest.raises(FileExistsError) as caught:
-            channel.exchange([rtnl.raise_link(1), rtnl.get_link(2), rtnl.raise_link(3)])
+            channel.exchange([rtnl.raise_link(1), get_link(2), rtnl.raise_link(3)])
         assert caught.value.filename == "link"
         sent = kernel.recv(4096)
         assert [struct.unpack_from("=IHHII", sent, at)[3] for at in (0, 32)] == [1, 2]
         kernel.send(struct.pack("=IHHII", 20, 16, 0, 4, 0) + b"body")
         kernel.send(answer(4, 0))
-        assert channel.exchange([rtnl.get_link(2)]) == [b"body"]
+        assert channel.exchange([get_link(2)]) == [b"body"]
     channel.close()
