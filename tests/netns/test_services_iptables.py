@@ -20,8 +20,8 @@ from kube_proxy_lite.render.iptables_listing import canonical
 from kube_proxy_lite.render.iptables_transactions import TABLES, Transaction
 from tests.netns.node_fixtures import Netns
 from tests.netns.service_stage import Stage, matrix, replace_backends
+from tests.unit.iptables_stage import WHOLE, of_many_ports
 from tests.unit.service_cases import LOCAL, LOCAL_2, REMOTE, REMOTE_2, SETTINGS, VARIANTS, address, plan
-from tests.unit.test_iptables_renderer import WHOLE, of_many_ports
 
 ONE = (FrontendKind.CLUSTER_IP,)
 

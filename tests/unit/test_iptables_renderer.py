@@ -9,64 +9,22 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
 from kube_proxy_lite.apply.iptables_fake import FakeIptables
-from kube_proxy_lite.model import Backend, Frontend, FrontendKind, PortKey, PortPlan, Protocol, Settings
+from kube_proxy_lite.model import Backend, Frontend, FrontendKind, PortKey, PortPlan, Protocol
 from kube_proxy_lite.render.interface import ApplyFailed
 from kube_proxy_lite.render.iptables import IptablesRenderer, removal
 from kube_proxy_lite.render.iptables_chains import Names, hooks
 from kube_proxy_lite.render.iptables_listing import MARKER
-from kube_proxy_lite.render.iptables_transactions import Transaction, joined
-from tests.unit.service_cases import BACKENDS, LOCAL, REMOTE, REMOTE_2, SETTINGS, VARIANTS, address, plan
+from kube_proxy_lite.render.iptables_transactions import joined
+from tests.unit.iptables_stage import WHOLE, Node
+from tests.unit.service_cases import LOCAL, REMOTE, REMOTE_2, SETTINGS, VARIANTS, address, plan
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "services.iptables"
 ONE = (FrontendKind.CLUSTER_IP,)
 
 
-class Node:
-    """A renderer and its kernel."""
-
-    def __init__(
-        self,
-        *plans: PortPlan,
-        settings: Settings = SETTINGS,
-        limit: int = 1500,
-        kernel: FakeIptables | None = None,
-    ) -> None:
-        self.kernel = kernel or FakeIptables()
-        self.renderer = IptablesRenderer(settings, limit=limit)
-        self.renderer.update({each.key: each for each in plans}, {})
-        self.sent: tuple[Transaction, ...] = ()
-        self.resync()
-
-    def change(self, *plans: PortPlan, gone: tuple[PortKey, ...] = ()) -> list[str]:
-        """The lines that are sent for a change, carried out."""
-        self.sent = self.renderer.update({each.key: each for each in plans} | dict.fromkeys(gone), {})
-        self.kernel.commit(self.sent)
-        return [line for each in self.sent for line in each.text.splitlines()]
-
-    def resync(self) -> tuple[Transaction, ...]:
-        self.sent = self.renderer.resync(self.kernel.listing())
-        self.kernel.commit(self.sent)
-        return self.sent
-
-    def chain(self, table: str, name: str, version: int = 4) -> list[str]:
-        return self.kernel.tables[version][table][name]
-
-
 # --- Goldens --------------------------------------------------------------------------------------------------------
-
-WHOLE = (
-    plan("web", external_local=True, ranges=("192.0.2.0/24",)),
-    plan(
-        "dns", protocol=Protocol.UDP, number=2, affinity=10800, only=(FrontendKind.CLUSTER_IP, FrontendKind.NODE_PORT)
-    ),
-    plan("empty", cluster=(), number=3, protocol=Protocol.SCTP),
-    plan("six", version=6, number=4, only=ONE),
-)
 
 
 def test_all_of_it_as_it_is_made() -> None:
@@ -419,86 +377,3 @@ def test_no_name_gets_into_the_text_but_as_a_comment(hostile: str) -> None:
             )
             assert "ACCEPT" not in without or "KUBE-FORWARD" in without
         assert node.resync() == ()
-
-
-# --- Properties -----------------------------------------------------------------------------------------------------
-
-NAMES = ("a", "b", "c", "d", "e")
-
-
-def of_many_ports(made: PortPlan, ports: int) -> PortPlan:
-    """The plan with so many more places, near to each other and to others'."""
-    version = made.key.version
-    number = NAMES.index(made.key.service)
-    base = address("10.96.4.0", version)
-    more = tuple(
-        Frontend(kind=FrontendKind.CLUSTER_IP, address=base + (n % 7) * 16 + n, port=100 * (number + 1) + n)
-        for n in range(ports)
-    )
-    return msgspec.structs.replace(made, frontends=(*made.frontends, *more))
-
-
-PLANS = st.builds(
-    lambda name, backends, version, protocol, internal, external, affinity, ranges, ports: of_many_ports(
-        plan(
-            name,
-            *backends,
-            version=version,
-            protocol=protocol,
-            number=NAMES.index(name) + 1,
-            internal_local=internal,
-            external_local=external,
-            affinity=affinity,
-            ranges=ranges,
-        ),
-        ports,
-    ),
-    st.sampled_from(NAMES),
-    st.one_of(
-        st.sampled_from(list(BACKENDS.values())),
-        st.lists(st.integers(10, 70), unique=True, max_size=40).map(
-            lambda hosts: (
-                tuple(f"10.244.{h % 3}.{h}" for h in hosts),
-                tuple(f"10.244.1.{h}" for h in hosts if h % 3 == 1),
-            )
-        ),
-    ),
-    st.sampled_from((4, 6)),
-    st.sampled_from(list(Protocol)),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from((0, 60, 10800)),
-    st.sampled_from(((), ("10.0.0.0/8",), ("10.0.0.0/16", "192.0.2.0/24"))),
-    st.sampled_from((0, 0, 3, 9, 30)),
-)
-EVENTS = st.lists(
-    st.one_of(
-        st.lists(PLANS, min_size=1, max_size=3),  # set
-        st.integers(0, 20),  # remove one
-        st.sampled_from(list(VARIANTS)),  # configure
-        st.none(),  # restart
-    ),
-    max_size=12,
-)
-
-
-@given(events=EVENTS, limit=st.sampled_from((1, 7, 1500)))
-@hypothesis_settings(max_examples=60, deadline=None)
-def test_after_every_event_the_kernel_is_as_from_scratch(events: list[object], limit: int) -> None:
-    node, settings = Node(limit=limit), SETTINGS
-    plans: dict[PortKey, PortPlan] = {}
-    for event in events:
-        changes: dict[PortKey, PortPlan | None] = {}
-        if isinstance(event, list):
-            changes = {each.key: each for each in event}
-        elif isinstance(event, int) and plans:
-            changes = {sorted(plans)[event % len(plans)]: None}
-        elif isinstance(event, str):
-            settings = VARIANTS[event]
-            node.kernel.commit(node.renderer.configure(settings))
-        elif event is None:
-            assert Node(*plans.values(), settings=settings, kernel=node.kernel).sent == (), "a restart changes nothing"
-        plans = {key: each for key, each in (plans | changes).items() if each is not None}
-        node.kernel.commit(node.renderer.update(changes, {}))
-        assert node.kernel.tables == Node(*plans.values(), settings=settings).kernel.tables
-    assert node.resync() == ()

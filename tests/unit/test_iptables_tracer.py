@@ -30,6 +30,7 @@ from kube_proxy_lite.render.iptables_tracer import chances, trace
 from kube_proxy_lite.render.iptables_tree import AddressTree
 from kube_proxy_lite.render.nftables_elements import endpoint_text
 from kube_proxy_lite.render.nftables_tracer import Outcome, Packet, UnknownRule
+from tests.unit.iptables_stage import PLANS
 from tests.unit.service_cases import (
     CLIENTS,
     INTERFACES,
@@ -44,7 +45,6 @@ from tests.unit.service_cases import (
     network,
     plan,
 )
-from tests.unit.test_iptables_renderer import PLANS
 
 
 def kernel(*plans: PortPlan, settings: Settings = SETTINGS) -> FakeIptables:

@@ -12,52 +12,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kube_proxy_lite.model import PortKey, PortPlan, Protocol
+from kube_proxy_lite.model import Settings
 from kube_proxy_lite.render.nftables import NftablesRenderer
 from kube_proxy_lite.render.nftables_elements import settle
 from kube_proxy_lite.render.nftables_listing import TableListing
 from tests.unit.nftables_stage import Node
-from tests.unit.service_cases import BACKENDS, SETTINGS, VARIANTS, plan
+from tests.unit.service_cases import plan
+from tests.unit.service_events import Plans, events, plans, replay
 
-NAMES = ("a", "b", "c")
-PLANS = st.builds(
-    lambda name, backends, version, protocol, internal, external, affinity, ranges: plan(
-        name,
-        *backends,
-        version=version,
-        protocol=protocol,
-        number=NAMES.index(name) + 1,
-        internal_local=internal,
-        external_local=external,
-        affinity=affinity,
-        ranges=ranges,
-    ),
-    st.sampled_from(NAMES),
-    st.one_of(
-        st.sampled_from(list(BACKENDS.values())),
-        st.lists(st.integers(1, 9), unique=True, max_size=8).map(
-            lambda hosts: (
-                tuple(f"10.244.{h % 3}.{h}" for h in hosts),
-                tuple(f"10.244.1.{h}" for h in hosts if h % 3 == 1),
-            )
-        ),
-    ),
-    st.sampled_from((4, 6)),
-    st.sampled_from(list(Protocol)),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from((0, 60, 10800)),
-    st.sampled_from(((), ("10.0.0.0/8",), ("10.0.0.0/16", "192.0.2.0/24"))),
-)
-EVENTS = st.lists(
-    st.one_of(
-        st.lists(PLANS, min_size=1, max_size=3),  # set
-        st.integers(0, 20),  # remove one
-        st.sampled_from(list(VARIANTS)),  # configure
-        st.none(),  # restart
-    ),
-    max_size=12,
-)
+PLANS = plans(("a", "b", "c"), st.lists(st.integers(1, 9), unique=True, max_size=8))
 
 
 def without_order(tables: dict[str, TableListing]) -> dict[str, object]:
@@ -80,27 +43,18 @@ def without_order(tables: dict[str, TableListing]) -> dict[str, object]:
     return shown
 
 
-@given(events=EVENTS, limit=st.sampled_from((1, 7, 5000)))
+@given(happening=events(PLANS), limit=st.sampled_from((1, 7, 5000)))
 @hypothesis_settings(max_examples=100, deadline=None)
-def test_after_every_event_the_kernel_is_as_from_scratch(events: list[object], limit: int) -> None:
-    node, settings = Node(limit=limit), SETTINGS
-    plans: dict[PortKey, PortPlan] = {}
-    for event in events:
-        changes: dict[PortKey, PortPlan | None] = {}
-        if isinstance(event, list):
-            changes = {each.key: each for each in event}
-        elif isinstance(event, int) and plans:
-            changes = {sorted(plans)[event % len(plans)]: None}
-        elif isinstance(event, str):
-            settings = VARIANTS[event]
-            node.kernel.commit(node.renderer.configure(settings))
-        elif event is None:
-            node.renderer = NftablesRenderer(settings, limit=limit)
-            node.renderer.update(dict(plans), {})
-            assert node.resync() == (), "a restart changes nothing"
-        plans = {key: each for key, each in (plans | changes).items() if each is not None}
-        node.kernel.commit(node.renderer.update(changes, {}))
-        scratch = Node(*plans.values(), settings=settings)
+def test_after_every_event_the_kernel_is_as_from_scratch(happening: list[object], limit: int) -> None:
+    node = Node(limit=limit)
+
+    def restart(there: Plans, settings: Settings) -> None:
+        node.renderer = NftablesRenderer(settings, limit=limit)
+        node.renderer.update(dict(there), {})
+        assert node.resync() == (), "a restart changes nothing"
+
+    for there, settings in replay(node, happening, restart):
+        scratch = Node(*there.values(), settings=settings)
         assert without_order(node.kernel.tables) == without_order(scratch.kernel.tables)
     assert node.resync() == ()
 
