@@ -29,14 +29,12 @@ from tests.netns.busy_flows import (
     Busy,
     Ear,
     Echo,
-    Maps,
     Pod,
     dying,
     message,
     metric,
     moments,
     nothing_since,
-    programs,
     quick_lab,
     share,
     taken,
@@ -44,6 +42,7 @@ from tests.netns.busy_flows import (
     until_fast,
 )
 from tests.netns.containers import at_once, containers, on_node, status, wait
+from tests.netns.fast_kernel import Maps, programs
 from tests.netns.frames import IPV4, IPV6, ethernet, ip, raw, udp
 from tests.netns.test_ipam_check import etcd, podwire_node
 

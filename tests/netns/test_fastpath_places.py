@@ -24,9 +24,10 @@ from podwire.bpf import tcx
 from podwire.lab import cluster, node
 from podwire.lab.cni import Attachment, Runtime, load_network
 from podwire.lab.state import MARK, LabState, plan_nodes
-from tests.netns.busy_flows import DUAL, Maps, Pod, inside, programs, taken
+from tests.netns.busy_flows import DUAL, Pod, inside, taken
 from tests.netns.containers import CONFIG, containers, know_each_other, on_node, status, wait
 from tests.netns.contenders import DEBIAN
+from tests.netns.fast_kernel import Maps, programs
 from tests.netns.lab_fixtures import fresh_name
 from tests.netns.steady_udp import steady
 from tests.netns.test_fastpath_holds import restart
