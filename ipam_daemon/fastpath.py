@@ -16,9 +16,9 @@ alone. The next daemon ends them before it answers anybody, and puts its own the
 somebody else's, have ours for as long as the daemon lives, and where packets of pods come by them: with the backends
 `direct` and `auto`.
 
-A round costs 10 ms with 250 pods, nearly all of it the question who else is at each port; so what comes between two of
-them asks of the new ports alone. What the programs are made for
-(devices, pools, blocks) seldom changes; then new ones are put in the place of the old, without a packet in between.
+A round costs 10 ms with 250 pods, nearly all of it the question who else is at each port: what comes between two rounds
+asks that of new ports alone. What the programs are made for (devices, pools, blocks) seldom changes; then new ones are
+put in the place of the old, without a packet in between.
 
 Conntrack does not see what goes the fast way, and would take the end of such a connection for a stranger's packet:
 nf_conntrack_tcp_be_liberal is set while there is a fast path, and nf_conntrack_tcp_ignore_invalid_rst, for a reset
@@ -34,7 +34,7 @@ import ipaddress
 import os
 import struct
 import time
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 
 import msgspec
@@ -206,8 +206,9 @@ class FastPath:
         self._waiting: dict[str, Attachment] = {}  # wires whose ports the last round left for later
         self._attached: dict[int, _Place] = {}  # by ifindex
         self._links: dict[int, int] = {}  # the underlay's, by ifindex
-        self.passed_over: dict[str, str] = {}
-        """Ports and devices that are left alone, each with why."""
+        self._left_alone: dict[str, str] = {}  # as far as the round has come
+        self.passed_over: Mapping[str, str] = {}
+        """Ports and devices that the last round has left alone, each with why. On any thread."""
 
     @property
     def known(self) -> int:
@@ -223,7 +224,7 @@ class FastPath:
         Raises PlumbingFailed, OSError.
         """
         onlookers = Onlookers(self._thread)
-        self.passed_over = {}
+        self._left_alone = {}
         direct = self._direct(plan)
         self._ensure_programs(plan, direct)
         write_sysctl(_LIBERAL, "1")
@@ -276,7 +277,7 @@ class FastPath:
         """Loads programs for what the node is now, and puts them where its old ones are."""
         devices = [VXLAN, *sorted(direct)]
         if has_ipsec():
-            self.passed_over[" and ".join(devices)] = "the node has IPsec policies"
+            self._left_alone[" and ".join(devices)] = "the node has IPsec policies"
             devices = []
         node = Node(
             bridge=index_of(plan.bridge.name),
@@ -325,7 +326,7 @@ class FastPath:
             with naming(f"fast path of {ifname}"):
                 self._put(ifindex, self._programs[where], place)
         except Unsupported as error:
-            self.passed_over[ifname] = str(error)
+            self._left_alone[ifname] = str(error)
             return False
         self._attached[ifindex] = place
         return True
@@ -377,7 +378,7 @@ class FastPath:
                 self._links[index] = kernel.attach_while_open(self._programs[Where.ARRIVING], index)
             except OSError as error:
                 why = "TCX is of Linux 6.6" if error.errno == errno.EINVAL else error.strerror
-                self.passed_over[wanted[index]] = f"what arrives takes the long way: {why}"
+                self._left_alone[wanted[index]] = f"what arrives takes the long way: {why}"
 
     def _is_watched(self, onlookers: Onlookers, ifindex: int, ifname: str, *, sends: bool) -> bool:
         why = onlookers.of(ifindex, ifname, sends=sends)
@@ -388,18 +389,14 @@ class FastPath:
             if not found & _NAMES:  # somebody took ours away
                 self._attached.pop(ifindex, None)
         if why:
-            self.passed_over[ifname] = why
+            self._left_alone[ifname] = why
         return bool(why)
 
     def _look_at_ports(self, onlookers: Onlookers, wanted: dict[str, Attachment], young: Set[str]) -> None:
         """Takes the programs from known ports that are somebody else's business now, and finds the new ones."""
         for name, port in list(self._ports.items()):
             gone = name not in wanted or not onlookers.is_there(port.ifindex)
-            if (
-                gone
-                or self._is_watched(onlookers, port.ifindex, name, sends=True)
-                or not self._attach(port.ifindex, name, Where.FROM_POD, onlookers)
-            ):
+            if gone or not self._guide(onlookers, port.ifindex, name):
                 self.forget(name)
         present = {port.ifindex for port in self._ports.values()} | {index_of(VXLAN)}
         self._attached = {index: where for index, where in self._attached.items() if index in present}
@@ -410,18 +407,29 @@ class FastPath:
         }
 
     def _take_some(self, onlookers: Onlookers) -> bool:
-        """Takes a few new ports; False when there are more."""
+        """Takes a few new ports; False when there may be more."""
         admitted = 0
         for name, wire in list(self._waiting.items()):
+            if admitted >= _AT_A_TIME:
+                break
+            del self._waiting[name]
             index = self._new_port(name)
-            if index and not self._is_watched(onlookers, index, name, sends=True):
-                if admitted >= _AT_A_TIME:
-                    return False
-                if self._attach(index, name, Where.FROM_POD, onlookers):
-                    self._admit(name, index, wire)
-                    admitted += 1 if onlookers.has_filters(index) else _AT_A_TIME
-            self._waiting.pop(name, None)
-        return True
+            if index and self._guide(onlookers, index, name):
+                self._admit(name, index, wire)
+                admitted += 1 if onlookers.has_filters(index) else _AT_A_TIME
+        self.passed_over = dict(self._left_alone)
+        return not self._waiting
+
+    def _guide(self, onlookers: Onlookers, ifindex: int, ifname: str) -> bool:
+        """Has what a pod's port takes in meet the program, where it is nobody else's business; whether it does. A port
+        that fails is left alone, and no other waits for it."""
+        try:
+            return not self._is_watched(onlookers, ifindex, ifname, sends=True) and self._attach(
+                ifindex, ifname, Where.FROM_POD, onlookers
+            )
+        except (PlumbingFailed, OSError) as error:
+            self._left_alone[ifname] = str(error)
+            return False
 
     def _new_port(self, name: str) -> int:
         """The index of a wire's end on the node, 0 for one that is gone or dead."""

@@ -47,7 +47,7 @@ def read_guard(nftables: Nftables) -> GuardState:
         if keys is None:
             return GuardState()
         found.update(Element(name, key) for key in keys)
-    return GuardState(parse_shape(nftables.rules(TABLE)), frozenset(found))
+    return GuardState(parse_shape(nftables.rules(TABLE), nftables.chains(TABLE)), frozenset(found))
 
 
 class SpoofGuard:

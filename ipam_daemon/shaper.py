@@ -83,7 +83,7 @@ class Shaper:
             self._thread.nftables.carry_out(tc.TABLE, tc.drop_chains(chains))
 
     def _chains(self) -> frozenset[str]:
-        return self._thread.nftables.chains(tc.TABLE)
+        return frozenset(self._thread.nftables.chains(tc.TABLE))
 
     def strays(self, known: Iterable[str]) -> tuple[str, ...]:
         """Wires that are gone and left a device. `known` are the names of those that somebody still has."""

@@ -26,11 +26,13 @@ pod's port (wires.FORWARDED_GROUPS), so that they come by here: a chain in `inpu
 that leaves its node 0.08 µs.
 
 Who listens to which group (IGMP, MLD), and who looks for a router (router solicitations), is for routers. A bridge
-hands it to every port for as long as it knows of no querier: every pod wakes up for six packets of each new one. RFC
-4541 (2.1.1, 3) says who gets reports: ports behind which there is a router, known by its queries or by PIM. The bridge
-itself, the node, and whatever port is not a pod's get all of it as before; nor could a pod answer a solicitation, as
-above. The rules fill `routers` themselves, with the bridge's own time for it; after an exchange of the table a router
-among the pods is known again at its next query. A unicast packet is past this chain with its first comparison.
+hands it to every port for as long as it knows of no querier, and every pod wakes up for eight packets of each new one.
+RFC 4541 (2.1.1, 3) says who gets reports: ports behind which there is a router. It is known as the bridge itself knows
+it, by its queries, by PIM, or by multicast router advertisements (RFC 4286); a port that is made a router's by hand
+(mcast_router 2) is not. The bridge, the node, and whatever port is not a pod's get all of it as before; nor could a pod
+answer a solicitation, as above. The rules fill `routers` themselves, with the bridge's own time for it. A new table
+begins with all ports in it: a router among them hears what it heard until it has been heard itself. A unicast packet is
+past this chain with its first comparison.
 
 A pod's port is one whose name begins with `pw`, as no other bridge's should. The number of rules is constant, an
 address is one element (of IPv6 two), a MAC is two. What is honest passes at the first look into a hash table: 0.12 µs
@@ -46,7 +48,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -85,10 +87,12 @@ class Element(msgspec.Struct, frozen=True, order=True):
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """What tells the rules of a table: the hash that they were made from, and how many they are in each chain."""
+    """What tells the rules of a table: the hash that they were made from, how many they are in each chain, and which
+    chains are hooked in and let pass what no rule of theirs is about."""
 
     mark: str
     rules: tuple[tuple[str, int], ...]
+    passing: tuple[str, ...]
 
 
 class GuardState(msgspec.Struct, frozen=True):
@@ -208,8 +212,8 @@ RULES: dict[str, Sequence[str]] = {
         f"{_FROM_POD} goto from_pod",
     ),
     "flooded": (
-        "icmpv6 type mld-listener-query update @routers { iifname } accept",
-        "igmp type membership-query update @routers { iifname } accept",
+        "icmpv6 type { mld-listener-query, 151 } update @routers { iifname } accept",
+        "igmp type { membership-query, 0x30 } update @routers { iifname } accept",
         f"meta l4proto {_PIM} update @routers {{ iifname }} accept",
         "oifname @routers accept",
         f"icmpv6 type {{ nd-router-solicit, {_LISTENERS} }} drop",
@@ -220,7 +224,7 @@ RULES: dict[str, Sequence[str]] = {
 """Chain → its rules, in an order in which each chain comes before those that go to it."""
 
 
-def render(wanted: Iterable[Element]) -> str:
+def render(wanted: Collection[Element]) -> str:
     """The nft script, one transaction, that replaces the table by one with these elements."""
     table = str(TABLE)
     lines = [f"add table {table}", f"delete table {table}", f"add table {table}"]
@@ -229,7 +233,8 @@ def render(wanted: Iterable[Element]) -> str:
     listed: dict[str, list[str]] = {}
     for element in sorted(wanted):
         listed.setdefault(element.set, []).append(text(element))
-    lines += [f"add element {table} {name} {{ {', '.join(found)} }}" for name, found in listed.items()]
+    listed["routers"] = sorted({f'"{port_of(element)}"' for element in wanted})
+    lines += [f"add element {table} {name} {{ {', '.join(found)} }}" for name, found in listed.items() if found]
     lines += _chains()
     lines += [f"add chain {table} shape", f'add rule {table} shape counter comment "{shape().mark}"']
     return "\n".join(lines) + "\n"
@@ -247,17 +252,19 @@ def text(element: Element) -> str:
 def shape() -> Shape:
     """The shape that the table has when nobody has changed it."""
     mark = hashlib.sha256("\n".join([*REASONS, *_declared(), *_chains()]).encode()).hexdigest()[:16]
-    return Shape(mark, tuple(sorted({**{chain: len(rules) for chain, rules in RULES.items()}, "shape": 1}.items())))
+    rules = {**{chain: len(rules) for chain, rules in RULES.items()}, "shape": 1}
+    return Shape(mark, tuple(sorted(rules.items())), tuple(sorted(_HOOKS)))
 
 
-def parse_shape(rules: Iterable[tuple[str, str]]) -> Shape:
-    """The shape of a table with these rules, each a chain and a comment."""
+def parse_shape(rules: Iterable[tuple[str, str]], chains: Mapping[str, bool | None]) -> Shape:
+    """The shape of a table with these rules, each a chain and a comment, and these chains: whether their policy is to
+    accept, None for those that are not hooked in."""
     mark, numbers = "", dict[str, int]()
     for chain, comment in rules:
         numbers[chain] = numbers.get(chain, 0) + 1
         if chain == "shape":
             mark = comment
-    return Shape(mark, tuple(sorted(numbers.items())))
+    return Shape(mark, tuple(sorted(numbers.items())), tuple(sorted(name for name, passes in chains.items() if passes)))
 
 
 def _chains() -> list[str]:

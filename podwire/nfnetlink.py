@@ -51,7 +51,7 @@ _GETCHAIN, _GETRULE, _NEWSETELEM, _GETSETELEM, _DELSETELEM, _GETOBJ = (
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS, _LIST_ELEM = 1, 2, 3, 1
 _ELEM_KEY, _ELEM_DATA = 1, 2
 _DATA_VALUE, _DATA_VERDICT, _VERDICT_CODE, _VERDICT_CHAIN = 1, 2, 1, 2
-_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _HOOK_DEV, _HOOK_DEVS = 1, 3, 4, 3, 4
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _HOOK_DEV, _HOOK_DEVS = 1, 3, 4, 5, 3, 4
 _RULE_TABLE, _RULE_CHAIN, _RULE_USERDATA, _UDATA_COMMENT = 1, 2, 7, 0
 _OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA, _OBJ_COUNTER, _COUNTER_PACKETS = 1, 2, 3, 4, 1, 2
 _U32, _U64, _I32 = struct.Struct("!I"), struct.Struct("!Q"), struct.Struct("!i")
@@ -213,12 +213,15 @@ class Nftables:
                 found.append((_string(fields[_RULE_CHAIN]), _comment(fields.get(_RULE_USERDATA, b""))))
         return found
 
-    def chains(self, table: Table) -> frozenset[str]:
-        """The names of a table's chains."""
-        listed = [dict(attributes(body)) for body in self._dump(_GETCHAIN, table, b"")]
-        return frozenset(
-            _string(fields[_CHAIN_NAME]) for fields in listed if _string(fields[_CHAIN_TABLE]) == table.name
-        )
+    def chains(self, table: Table) -> dict[str, bool | None]:
+        """The names of a table's chains, and for base chains whether their policy is to accept."""
+        found: dict[str, bool | None] = {}
+        for body in self._dump(_GETCHAIN, table, b""):
+            fields = dict(attributes(body))
+            if _string(fields[_CHAIN_TABLE]) == table.name:
+                policy = fields.get(_CHAIN_POLICY)
+                found[_string(fields[_CHAIN_NAME])] = None if policy is None else any(policy)
+        return found
 
     def devices(self) -> frozenset[str]:
         """The names of the interfaces that have chains of family netdev."""

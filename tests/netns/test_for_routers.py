@@ -31,6 +31,7 @@ GROUP, GROUP_MAC, ALL_ROUTERS_MAC = "239.1.1.1", "01:00:5e:01:01:01", "33:33:00:
 GROUP6, GROUP6_MAC = "ff05::1:3", "33:33:00:01:00:03"
 ALERT = b"\5\2\0\0\1\0"  # the option "router alert", padded
 PIM = 103
+FOREIGN = "02:00:00:00:00:77"
 BACK = b"nothing-more-from-there"
 LAST_OF_ALL = to_pod(udp(ME, "10.244.1.255", LAST), target=frames.BROADCAST)
 
@@ -70,6 +71,12 @@ FOR_ROUTERS: dict[str, bytes] = {
 OF_ROUTERS: dict[str, bytes] = {
     "a query of IGMP": igmp(0x11, "224.0.0.1", "01:00:5e:00:00:01", NEIGHBOUR, ITS_MAC, "0.0.0.0"),
     "a query of MLD": mld(130, ALL_NODES, "33:33:00:00:00:01", ITS_LOCAL, ITS_MAC, "::"),
+    "an advertisement of a router for IPv4": igmp(
+        0x30, "224.0.0.106", "01:00:5e:00:00:6a", NEIGHBOUR, ITS_MAC, "0.0.0.0"
+    ),
+    "an advertisement of a router for IPv6": six(
+        icmpv6(ITS_LOCAL, "ff02::6a", 151, bytes(4), hop_by_hop=ALERT), source=ITS_MAC, target="33:33:00:00:00:6a"
+    ),
     "a hello of PIM": to_pod(
         frames.ip(NEIGHBOUR, "224.0.0.13", PIM, b"\x20\0\xdf\xff"), source=ITS_MAC, target="01:00:5e:00:00:0d"
     ),
@@ -101,6 +108,13 @@ def test_what_routers_are_told_reaches_the_node_and_no_pod() -> None:
             known = it.node.run("bridge", "mdb", "show", "dev", "pw0")
             assert all(f"port {it.first.host_ifname} grp {group}" in known for group in (GROUP, GROUP6)), known
             assert await it.dropped() == {}, "none of it was a spoof"
+            theirs = {name: b"".join((each[:6], mac_bytes(FOREIGN), each[12:])) for name, each in FOR_ROUTERS.items()}
+            foreign.send(
+                *theirs.values(),
+                to_pod(udp("192.0.2.9", "10.244.1.255", LAST), source=FOREIGN, target=frames.BROADCAST),
+            )
+            there = await neighbour.hear(LAST)
+            assert [name for name, frame in theirs.items() if frame not in there] == [], "what is not a pod's passes"
             node.close()
             foreign.close()
 
@@ -121,6 +135,23 @@ def test_a_router_among_the_pods_is_told(query: bytes) -> None:
             assert await heard(router) == set(FOR_ROUTERS)
             assert not set(FOR_ROUTERS.values()) & set(await other_hears(router, mouth)), "no router is there"
             assert await it.dropped() == {}
+
+    play(story)
+
+
+def test_a_router_hears_all_of_it_from_a_table_that_is_new() -> None:
+    """It may have said who it is two minutes ago; who says nothing hears nothing once that would have come again."""
+
+    async def story() -> None:
+        async with guarded() as (it, mouth, router):
+            it.node.run("nft", "flush", "chain", "bridge", "podwire", "flooded")
+            assert await it.ensure() == ["made table bridge podwire"]
+            tell(mouth)
+            assert await heard(router) == set(FOR_ROUTERS)
+            for port in (it.first.host_ifname, it.second.host_ifname):
+                it.node.run("nft", "delete", "element", "bridge", "podwire", "routers", f'{{ "{port}" }}')
+            tell(mouth)
+            assert await heard(router) == set()
 
     play(story)
 

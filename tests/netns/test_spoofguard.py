@@ -148,6 +148,13 @@ HARMLESS: dict[str, bytes] = {
     "UDP": to_pod(udp(ME, NEIGHBOUR, TOKEN)),
     "UDP, broadcast": to_pod(udp(ME, "10.244.1.255", TOKEN), target=frames.BROADCAST),
     "UDP, multicast": to_pod(udp(ME, "239.1.1.1", TOKEN), target="01:00:5e:01:01:01"),
+    "VRRP": to_pod(frames.ip(ME, "224.0.0.18", 112, TOKEN), target="01:00:5e:00:00:12"),
+    "IGMP of a kind that is no host's": to_pod(
+        frames.ip(
+            ME, "224.0.0.4", frames.IGMP, b"\x13\0" + frames.checksum(b"\x13\0\0\0abcd").to_bytes(2, "big") + b"abcd"
+        ),
+        target="01:00:5e:00:00:04",
+    ),
     "an ARP question": to_pod(arp(1, MY_MAC, ME, NEIGHBOUR), frames.ARP, target=frames.BROADCAST),
     "an ARP answer": to_pod(arp(2, MY_MAC, ME, NEIGHBOUR, ITS_MAC), frames.ARP),
     "an announcement": to_pod(arp(1, MY_MAC, ME, ME), frames.ARP, target=frames.BROADCAST),

@@ -102,6 +102,8 @@ DAMAGE = {
     "an element of somebody else": f'add element bridge podwire bound4 {{ "PORT" . {MY_MAC} . {NEIGHBOUR} }}',
     "an element of nobody's wire": f'add element bridge podwire bound4 {{ "pwffffffffffff" . {MY_MAC} . {ME} }}',
     "a set flushed": "flush set bridge podwire bound6",
+    "what no rule is about dropped": "add chain bridge podwire forward { policy drop; }",
+    "the same of all that pods send": "add chain bridge podwire prerouting { policy drop; }",
 }
 
 

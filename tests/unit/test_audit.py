@@ -365,7 +365,7 @@ STORIES: dict[str, tuple[Change, set[tuple[str, str]]]] = {
     # what a pod has besides its wire
     "no table of addresses": (where("kernel", guard=GuardState()), {("guard-changed", "bridge podwire")}),
     "a rule more in it": (
-        where("kernel", guard=GuardState(spoofguard.Shape("", ()), guard(*ROWS).elements)),
+        where("kernel", guard=GuardState(spoofguard.Shape("", (), ()), guard(*ROWS).elements)),
         {("guard-changed", "bridge podwire")},
     ),
     "a pod that may send nothing": (

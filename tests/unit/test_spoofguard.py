@@ -89,12 +89,30 @@ def listed() -> list[tuple[str, str]]:
     return [*rules, ("shape", shape().mark)]
 
 
-def test_the_shape_is_the_mark_and_the_number_of_rules_in_each_chain() -> None:
-    assert parse_shape(listed()) == shape()
-    assert parse_shape(listed()[:-1]) != shape()
-    assert parse_shape(listed()[1:]) != shape()
-    assert parse_shape([*listed()[:-1], ("shape", "another")]) != shape()
-    assert parse_shape([]) != shape()
+CHAINS = {**dict.fromkeys(RULES), "shape": None, "prerouting": True, "forward": True}
+SHAPES: dict[str, tuple[list[tuple[str, str]], dict[str, bool | None]]] = {
+    "without its mark": (listed()[:-1], CHAINS),
+    "a rule short": (listed()[1:], CHAINS),
+    "of another version": ([*listed()[:-1], ("shape", "another")], CHAINS),
+    "without rules": ([], CHAINS),
+    "a chain that drops what is left": (listed(), {**CHAINS, "forward": False}),
+    "a chain that is not hooked in": (listed(), {**CHAINS, "prerouting": None}),
+}
+
+
+def test_the_shape_is_the_mark_the_number_of_rules_in_each_chain_and_their_hooks() -> None:
+    assert parse_shape(listed(), CHAINS) == shape()
+
+
+@pytest.mark.parametrize(("rules", "chains"), SHAPES.values(), ids=SHAPES.keys())
+def test_a_table_of_another_shape(rules: list[tuple[str, str]], chains: dict[str, bool | None]) -> None:
+    assert parse_shape(rules, chains) != shape()
+
+
+def test_a_set_that_is_learnt_otherwise_is_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = shape()
+    monkeypatch.setitem(LEARNT, "routers", "type ifname; flags dynamic")
+    assert shape() != before
 
 
 def test_every_rule_knows_the_chains_and_sets_that_it_names() -> None:
