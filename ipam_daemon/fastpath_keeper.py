@@ -139,7 +139,6 @@ class FastPathKeeper:
         else:
             self._obstacle = ""
             return max(0.0, self._due - clock()) if done else MORE_S
-        self._due = 0.0
         return ROUND_S
 
     def _wires_and_young(self) -> tuple[list[Attachment], frozenset[str]]:

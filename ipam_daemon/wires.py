@@ -1,10 +1,11 @@
 """A pod's wire: one veth pair, its end in the pod named and addressed, its end on the node a port of the bridge.
 
-ADD is one message that makes both ends in their namespaces, enslaves and raises the host's (0.4–1.2 ms), then one
-datagram on a socket inside the pod's namespace (addresses, up, default routes: 0.2 ms with opening it), and one for the
-port (hairpin, its MAC, an alias that says whose it is, and the question whether it sends: 0.05 ms). They are packed by
-hand (ipam_daemon/rtnl.py), since pyroute2 takes three times as long. There is no wait for duplicate address detection:
-the allocator gives an address once, and an IPv6 address is added with IFA_F_NODAD.
+ADD is one message that makes both ends in their namespaces, enslaves and raises the host's (0.4–1.2 ms), then two
+datagrams on a socket inside the pod's namespace (how its link-local address is made; addresses, up, default routes: 0.2
+ms with opening it), and one for the port (hairpin, its MAC, an alias that says whose it is, and the question whether it
+sends: 0.05 ms). They are packed by hand (ipam_daemon/rtnl.py), since pyroute2 takes three times as long. There is no
+wait for duplicate address detection: the allocator gives an address once, and an IPv6 address is added with
+IFA_F_NODAD.
 
 The bridge is told which MAC is behind a port: it forgets what it has learnt of a pod that is silent for five minutes,
 or sends by the fast path alone, and then all the others get what is for that one.

@@ -63,6 +63,20 @@ def test_the_link_local_address_is_that_of_the_mac_whatever_the_default_is() -> 
     play(story)
 
 
+def test_a_link_too_small_for_ipv6_has_no_link_local_address_and_works() -> None:
+    """The kernel has nothing of IPv6 at a link of less than 1280 bytes (RFC 8200, 5)."""
+
+    async def story() -> None:
+        async with stage() as it:
+            await it.ensure()
+            small = msgspec.structs.replace(it.first, mtu=1000, addresses=it.first.addresses[:1])
+            await it.attach(small)
+            assert "inet6" not in it.a.ip("addr", "show", "dev", "eth0")
+            assert it.a.pings(NODE)
+
+    play(story)
+
+
 def test_a_dead_wire_has_no_elements_and_a_failed_one_never_had() -> None:
     async def story() -> None:
         async with guarded() as (it, _, _):
