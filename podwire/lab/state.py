@@ -12,6 +12,7 @@ lab follow each other; one for the root folder, which is held for moments, while
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import fcntl
 import os
 import shutil
@@ -187,9 +188,13 @@ def labs() -> list[str]:
     return sorted(entry.name for entry in names.ROOT.iterdir() if entry.is_dir())
 
 
+_HELD: contextvars.ContextVar[tuple[int, ...]] = contextvars.ContextVar("descriptors of locks", default=())
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file at `path`, waiting for it, and removes it at the end.
+    """Holds the lock file at `path`, waiting for it, and removes it at the end. A process that is given `held()` holds
+    it, too: whoever waits then waits for its end, also when the one that started it was killed.
 
     A waiter may wake up with the lock on a file that is gone by then, so a lock counts when the path still leads to it.
     """
@@ -204,13 +209,20 @@ def locked(path: Path) -> Iterator[None]:
         if _leads_to(path, descriptor):
             break
         os.close(descriptor)
+    token = _HELD.set((*_HELD.get(), descriptor))
     try:
         yield
     finally:
+        _HELD.reset(token)
         path.unlink(missing_ok=True)
         os.close(descriptor)
         with contextlib.suppress(OSError):  # the last one out takes the folder along
             path.parent.rmdir()
+
+
+def held() -> tuple[int, ...]:
+    """The descriptors of the locks that this thread holds."""
+    return _HELD.get()
 
 
 def _leads_to(path: Path, descriptor: int) -> bool:

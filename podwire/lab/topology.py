@@ -23,7 +23,7 @@ import msgspec
 
 from podwire.errors import PodwireError
 from podwire.lab import names, process
-from podwire.lab.state import LabState
+from podwire.lab.state import LabState, held
 
 UNDERLAY_MTU = 1500
 
@@ -143,12 +143,20 @@ def delete_namespaces(found: Sequence[str]) -> None:
 def run(command: Sequence[str], stdin: str | None = None, mark: str = "") -> str:
     """Runs a command and returns what it prints. Raises PodwireError with its complaint when it fails.
 
-    One that makes part of a lab carries its mark: left over from an `up` that was killed, it is found by `down`, and
-    makes no namespace after it.
+    One that makes part of a lab carries its mark, and holds its lock: left over from an `up` that was killed, it is
+    waited for by `down`, which finds the mark of one that has begun, but not of one that is about to.
     """
     environment = process.marked_environment(mark) if mark else None
     try:
-        done = subprocess.run(list(command), input=stdin, capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(
+            list(command),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            pass_fds=held() if mark else (),
+        )
     except FileNotFoundError as error:
         raise PodwireError(f"{command[0]} is not installed") from error
     if done.returncode:

@@ -59,13 +59,17 @@ class Stage:
 
     def listed(self) -> str:
         """Our table as nft lists it, without what was counted and learnt."""
-        table = self.node.run("nft", "-s", "list", "table", "bridge", "podwire")
-        return re.sub(r"set routers {.*?\n\t}", "", table, flags=re.DOTALL)
+        return without_learnt(self.node.run("nft", "-s", "list", "table", "bridge", "podwire"))
 
     def port_of(self, mac: str) -> str:
         """Where the bridge believes a MAC to be."""
         lines = self.node.run("bridge", "fdb", "show", "br", "pw0").splitlines()
         return next((line.split()[2] for line in lines if line.startswith(mac) and "permanent" not in line), "")
+
+
+def without_learnt(table: str) -> str:
+    """The guard's table without the set that its rules fill, whose elements end by themselves."""
+    return re.sub(r"set routers {.*?\n\t}", "", table, flags=re.DOTALL)
 
 
 def attachment(pod: Netns, number: int, mac: str = "") -> Attachment:
