@@ -341,15 +341,11 @@ class Wires:
 
     def _port(self, host_ifname: str) -> Link | None:
         """The host's end as the kernel has it, None when it is gone."""
-        index = index_of(host_ifname)
-        if not index:
-            return None
-        try:
-            return read_link(*self._thread.channel.exchange([get_link(index)]))
-        except OSError as error:  # a namespace that is being deleted takes its wires with it at any moment
-            if error.errno != errno.ENODEV:
-                raise
-            return None
+        index, answers = index_of(host_ifname), list[bytes]()
+        if index:  # and yet a namespace that is being deleted takes its wires with it at any moment
+            with naming(f"looking at {host_ifname}"), tolerating(errno.ENODEV):
+                answers = self._thread.channel.exchange([get_link(index)])
+        return read_link(answers[0]) if answers else None
 
     def _port_differences(self, link: Link | None, attachment: Attachment) -> list[str]:
         if link is None:
