@@ -6,6 +6,7 @@ For tests that need many calls at once, or calls that fail: the lab's kubelet wo
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -91,8 +92,12 @@ class Container:
         )
 
     def start(self, *command: str) -> subprocess.Popen[str]:
-        """Starts a command in the namespace."""
-        return subprocess.Popen(["nsenter", f"--net={self.netns}", "--", *command], stdout=subprocess.PIPE, text=True)
+        """Starts a command, which is in the namespace when this returns, or has ended."""
+        argv, wanted = ["nsenter", f"--net={self.netns}", "--", *command], os.stat(self.netns)
+        started = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+        place = f"/proc/{started.pid}/ns/net"
+        wait(lambda: started.poll() is not None or os.path.samestat(os.stat(place), wanted), f"{command} to be there")
+        return started
 
     def links(self) -> set[str]:
         """The names of the namespace's interfaces."""
