@@ -11,6 +11,9 @@ Free addresses wait in a queue, so that the one freed longest ago comes next: wh
 neighbour entry for an address has the longest possible time to forget it. `releasing` addresses are never handed out,
 not even when the block is full: a wire with that address may still exist.
 
+An address that is given back is where it was: the next one, or cooling as long as before. One that was free and asked
+for by name comes last: whoever asked for it asks again, and must not find it with the next one who asked for none.
+
 With several blocks, a free address of any of them goes before a cooling one, and of those the oldest comes first.
 
 An allocation is one address of each family of the cluster's pools, or none at all.
@@ -108,6 +111,8 @@ class BlockAllocator:
         self._used: set[Address] = set()
         self._releasing: set[Address] = set()
         self._cooling: OrderedDict[Address, float] = OrderedDict()  # address → when it is cool, oldest first
+        # Used addresses whose turn it was not → when they would have been cool; None for those that were free.
+        self._early: dict[Address, float | None] = {}
         # The queue of free addresses: what was given back, what nobody has had, what has cooled down.
         self._first: deque[Address] = deque()
         self._fresh = _Fresh(block.cidr, self._layout.reserved, None)
@@ -126,7 +131,8 @@ class BlockAllocator:
         """
         self._used, self._releasing = set(used), set(releasing)
         cold = [each for each in cooling.items() if each[0] not in self._used | self._releasing]
-        self._cooling = OrderedDict(sorted(cold, key=lambda item: item[1]))
+        self._cooling = OrderedDict(sorted(cold, key=_moment))
+        self._early = {address: until for address, until in cooling.items() if address in self._used}
         taken = self._used | self._releasing | self._cooling.keys() | self._layout.reserved
         self._first.clear()
         self._fresh = _Fresh(self.block.cidr, taken, last)
@@ -151,12 +157,14 @@ class BlockAllocator:
             return "is in use"
         if address in self._releasing:
             return "is still being released"
+        until = self._cooling.pop(address, None)
         if address in self._first:
             self._first.remove(address)
         elif address in self._cooled:
             del self._cooled[address]
-        elif self._cooling.pop(address, None) is None:
+        elif until is None:
             self._fresh.take(address)
+        self._early[address] = until
         self._used.add(address)
         return ""
 
@@ -166,7 +174,8 @@ class BlockAllocator:
 
     def take_cooling(self) -> Address:
         """The address that cools for longest, now used before its time; there must be one."""
-        address, _ = self._cooling.popitem(last=False)
+        address, until = self._cooling.popitem(last=False)
+        self._early[address] = until
         self._used.add(address)
         return address
 
@@ -180,13 +189,21 @@ class BlockAllocator:
         return [*self._used, *self._releasing, *self._cooling]
 
     def give_back(self, address: Address) -> None:
-        """A used address that no wire ever had is free at once, at the head of the queue."""
+        """A used address that no wire ever had is where it was; one that was asked for while it was free comes last."""
         self._used.remove(address)
-        self._first.appendleft(address)
+        if address not in self._early:
+            self._first.appendleft(address)
+            return
+        until = self._early.pop(address)
+        if until is None:
+            self._cooled[address] = None
+        else:
+            self._cooling = OrderedDict(sorted([*self._cooling.items(), (address, until)], key=_moment))
 
     def release(self, address: Address) -> None:
         """A used address whose wire is being deleted."""
         self._used.remove(address)
+        self._early.pop(address, None)
         self._releasing.add(address)
 
     def cool(self, address: Address, until: float) -> None:
@@ -323,6 +340,10 @@ class Allocator:
             f"{sum(use.releasing for use in uses)} releasing, {sum(use.cooling for use in uses)} cooling, "
             f"{sum(use.reserved for use in uses)} reserved"
         )
+
+
+def _moment(item: tuple[Address, float]) -> float:
+    return item[1]
 
 
 def _with_prefix(address: Address, cidr: Network) -> Interface:

@@ -357,14 +357,14 @@ class Attachments:
                 await self.more(shortage)
 
     def _intend(self, call: Call) -> Attachment:
+        bandwidth.check_bursts(call.wanted.bandwidth, self.mtu)
+        self._host_ports.refuse_taken(call.wanted.port_mappings)
         with self._metrics.phase("ADD", "allocate"):
             addresses = self.addresses.allocate(call.wanted.addresses)
         point("add.allocated")
         attachment = plan_attachment(call, addresses, self.mtu, time.time())
         try:
             hostports.check_families(attachment.port_mappings, addresses)
-            bandwidth.check_bursts(attachment.bandwidth, self.mtu)
-            self._host_ports.refuse_taken(attachment.port_mappings)
             with self._metrics.phase("ADD", "journal"):
                 self._journal.intend(attachment)
         except CniError:

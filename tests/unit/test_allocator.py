@@ -65,6 +65,45 @@ def an_add_that_failed() -> list[str]:
     return take(it, 1)
 
 
+def asked_for_by_an_add_that_failed() -> list[str]:
+    it = allocator("10.0.0.0/29")
+    it.give_back(it.allocate(0.0, [ipaddress.ip_address("10.0.0.3")]))
+    return take(it, 4)
+
+
+def given_back_and_asked_for_by_an_add_that_failed() -> list[str]:
+    it = allocator("10.0.0.0/29")
+    it.give_back(it.allocate(0.0))
+    it.give_back(it.allocate(0.0, [ipaddress.ip_address("10.0.0.3")]))
+    return take(it, 4)
+
+
+def cooling_and_asked_for_by_an_add_that_failed() -> list[str]:
+    it = allocator("10.0.0.0/29")
+    got = take(it, 2)
+    free(it, got[0], until=30.0)
+    free(it, got[1], until=31.0)
+    it.give_back(it.allocate(1.0, [ipaddress.ip_address("10.0.0.3")]))
+    return take(it, 4, now=2.0)
+
+
+def reused_early_by_an_add_that_failed() -> list[str]:
+    it = allocator("10.0.0.0/29", "10.0.1.0/29")
+    got = take(it, 8)
+    free(it, got[0], until=30.0)
+    it.give_back(it.allocate(1.0))
+    free(it, got[5], until=29.0)
+    return take(it, 2, now=2.0)
+
+
+def reused_early_when_the_daemon_counted_again() -> list[str]:
+    it = Allocator()
+    address = ipaddress.ip_address("10.0.0.3")
+    it.add_block(block("10.0.0.0/29")).restore([address], (), {address: 30.0}, None)
+    it.give_back([ipaddress.ip_interface("10.0.0.3/29")])
+    return take(it, 4, now=1.0)
+
+
 def cooling_while_others_are_free() -> list[str]:
     it = allocator("10.0.0.0/29")
     free(it, take(it, 1)[0], until=30.0)
@@ -117,6 +156,11 @@ def after_the_last_one_of_the_block() -> list[str]:
 STORIES: dict[str, tuple[Callable[[], list[str]], list[int]]] = {
     "an address that was freed comes after all others": (rotation, [3, 4, 5, 6, 3]),
     "an address that no wire had comes next again": (an_add_that_failed, [3]),
+    "one that was asked for comes last": (asked_for_by_an_add_that_failed, [4, 5, 6, 3]),
+    "and so it does when it was the next": (given_back_and_asked_for_by_an_add_that_failed, [4, 5, 6, 3]),
+    "one that was cooling cools on": (cooling_and_asked_for_by_an_add_that_failed, [5, 6, 3, 4]),
+    "one that was reused early has its old moment": (reused_early_by_an_add_that_failed, [104, 3]),
+    "as the journal has it": (reused_early_when_the_daemon_counted_again, [4, 5, 6, 3]),
     "a cooling address waits while others are free": (cooling_while_others_are_free, [4, 5, 6]),
     "cooling addresses go oldest first when nothing is free": (cooling_when_nothing_else_is_free, [5, 3]),
     "what has cooled comes in the order of freeing": (cooled_in_the_order_in_which_they_were_freed, [6, 4, 5]),
@@ -249,12 +293,25 @@ class Histories(RuleBasedStateMachine):
         self.used.add(got)
         self.last[str(got.network)] = got.ip
 
+    @rule(data=st.data())
+    def ask(self, data: st.DataObject) -> None:
+        """By name, whether it is free or cooling."""
+        able = sorted(self.usable - self.used - self.releasing)
+        if able:
+            wanted = data.draw(st.sampled_from(able))
+            assert self.real.allocate(self.now, [wanted.ip]) == (wanted,)
+            self.cooling.pop(wanted, None)
+            self.used.add(wanted)
+            self.last[str(wanted.network)] = wanted.ip
+
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
+        """An address that the journal says is cooling goes on with that."""
         address = data.draw(st.sampled_from(sorted(self.used)))
         self.used.remove(address)
-        self.rows.pop(address, None)
+        if address in self.rows:
+            self.cooling[address] = self.rows[address]
         self.real.give_back([address])
 
     @precondition(lambda self: self.used)
@@ -308,7 +365,8 @@ TestHistories.settings = settings(
 
 
 class Queue(RuleBasedStateMachine):
-    """Addresses that have cooled come in the order in which they became free: first in, first out."""
+    """Addresses that have cooled come in the order in which they became free: first in, first out. An ADD that fails
+    changes nothing of that, but for an address that it asked for, which comes last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -322,6 +380,19 @@ class Queue(RuleBasedStateMachine):
         (got,) = take(self.real, 1)
         assert got == self.queue.pop(0)
         self.used.append(got)
+
+    @precondition(lambda self: self.queue)
+    @rule()
+    def fail(self) -> None:
+        self.real.give_back(self.real.allocate(0.0))
+
+    @precondition(lambda self: self.queue)
+    @rule(data=st.data())
+    def ask_and_fail(self, data: st.DataObject) -> None:
+        wanted = data.draw(st.sampled_from(self.queue))
+        self.queue.remove(wanted)
+        self.queue.append(wanted)
+        self.real.give_back(self.real.allocate(0.0, [ipaddress.ip_interface(wanted).ip]))
 
     @precondition(lambda self: self.used)
     @rule(data=st.data())
