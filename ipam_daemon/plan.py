@@ -77,7 +77,8 @@ class BridgePlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VxlanPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """The VXLAN device of this node. `addresses` are its VTEP addresses as host routes (/32, /128)."""
+    """The VXLAN device of this node. `addresses` are its VTEP addresses as host routes (/32, /128); others of `pools`
+    that it has are in blocks that are no longer this node's."""
 
     name: str
     vni: int
@@ -86,6 +87,7 @@ class VxlanPlan(msgspec.Struct, frozen=True, kw_only=True):
     mac: str
     mtu: int
     addresses: tuple[Interface, ...]
+    pools: tuple[Network, ...] = ()
 
 
 class RoutePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,13 +172,14 @@ def plan_node(
     if mtu < least:
         raise TryAgainLater(f"the underlay's MTU {underlay_mtu} leaves {mtu} for pods, which need {least}")
     layouts = {cidr: Layout.of(cidr) for cidr in cidrs}
+    pools = tuple(pool.cidr for pool in config.pools)
     return NodePlan(
         bridge=BridgePlan(
             name=BRIDGE,
             mac=mac_of(layouts[cidrs[0]].gateway),
             mtu=mtu,
             addresses=tuple(ipaddress.ip_interface(f"{layouts[cidr].gateway}/{cidr.prefixlen}") for cidr in cidrs),
-            pools=tuple(pool.cidr for pool in config.pools),
+            pools=pools,
         ),
         vxlan=VxlanPlan(
             name=VXLAN,
@@ -186,11 +189,12 @@ def plan_node(
             mac=record.vtep_mac,
             mtu=max(least, tunnel_mtu),
             addresses=tuple(ipaddress.ip_interface(address) for address in record.vtep_addresses),
+            pools=pools,
         ),
         peers=None if others is None else found,
         firewall=FirewallPlan(
             local_blocks=frozenset(cidrs),
-            unmasqueraded=_unmasqueraded([*(pool.cidr for pool in config.pools), *NEVER_MASQUERADED, *exempt]),
+            unmasqueraded=_unmasqueraded([*pools, *NEVER_MASQUERADED, *exempt]),
             vteps=None if others is None else frozenset(address for peer in others for address in peer.addresses),
             vxlan_port=config.backend.port,
         ),
