@@ -206,6 +206,7 @@ class FastPath:
         self._waiting: dict[str, Attachment] = {}  # wires whose ports the last round left for later
         self._attached: dict[int, _Place] = {}  # by ifindex
         self._links: dict[int, int] = {}  # the underlay's, by ifindex
+        self._onlookers: Onlookers | None = None  # of the last whole round
         self._left_alone: dict[str, str] = {}  # as far as the round has come
         self.passed_over: Mapping[str, str] = {}
         """Ports and devices that the last round has left alone, each with why. On any thread."""
@@ -223,7 +224,7 @@ class FastPath:
 
         Raises PlumbingFailed, OSError.
         """
-        onlookers = Onlookers(self._thread)
+        self._onlookers = onlookers = Onlookers(self._thread)
         self._left_alone = {}
         direct = self._direct(plan)
         self._ensure_programs(plan, direct)
@@ -240,7 +241,7 @@ class FastPath:
     def go_on(self) -> bool:
         """Takes a few of the ports that the last round left. False when there are more. Raises PlumbingFailed,
         OSError."""
-        return self._take_some(Onlookers(self._thread))
+        return self._take_some(Onlookers(self._thread, self._onlookers))
 
     def forget(self, host_ifname: str) -> None:
         """No packet takes the fast way to or from this port any more. One that is not known is fine."""

@@ -1,6 +1,6 @@
 """Whose business the packets of a link are besides ours: what the fast path would take them past.
 
-    a queue that somebody chose (a token bucket, say), nft chains of family netdev      of the link: one dump for all
+    a queue that somebody chose (a token bucket, say), nft chains at its own hooks      of the link: a dump for all
     tc's filters, programs of TCX                                                       of the link: 0.03 ms for each
     IPsec policies                                                                      of the node
 
@@ -22,6 +22,7 @@ from ipam_daemon import tc_program
 from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.rtnl import Channel, Message
 from podwire.bpf.tcx import Way, programs
+from podwire.nfelements import Family
 from podwire.nlattr import attributes
 
 _NETLINK_XFRM, _GET_POLICIES, _POLICIES = 6, 0x25, 1
@@ -33,14 +34,16 @@ _SECONDS = 5.0
 class Onlookers:
     """What there is now."""
 
-    def __init__(self, thread: NetlinkThread) -> None:
-        """Raises OSError."""
+    def __init__(self, thread: NetlinkThread, before: Onlookers | None = None) -> None:
+        """Chains of family inet, which may be thousands, are those of the time `before`. Raises OSError."""
         self._thread = thread
         self._kinds: dict[int, set[str]] = {}
         for answer in thread.channel.dump(tc_program.list_qdiscs()):
             found = tc_program.read_qdisc(answer)
             self._kinds.setdefault(found.ifindex, set()).add(found.kind)
-        self._devices = thread.nftables.devices()
+        netdev = thread.nftables.devices(Family.NETDEV)
+        self._inet: frozenset[str] = before._inet if before else thread.nftables.devices(Family.INET)
+        self._chains = {Family.NETDEV: netdev, Family.INET: self._inet}
 
     def is_there(self, ifindex: int) -> bool:
         """Whether there is a link with this index."""
@@ -57,7 +60,8 @@ class Onlookers:
         chosen = (kinds - tc_program.PLAIN - {"clsact"}) if sends else kinds & {"ingress"}
         if chosen:
             return f"it has a queueing discipline of somebody else ({min(chosen)})"
-        return "it has an nft chain of family netdev" if ifname in self._devices else ""
+        families = (family for family, devices in self._chains.items() if ifname in devices)
+        return next((f"it has an nft chain of family {family.name.lower()}" for family in families), "")
 
     def with_filters(self) -> list[int]:
         """The links that have a place for filters."""

@@ -418,6 +418,36 @@ def test_strangers_are_found_and_left_alone(tmp_path: Path) -> None:
     play(story)
 
 
+CHAINS = {
+    "of family netdev": ("netdev", 'device "{}"'),
+    "of family inet": ("inet", 'device "{}"'),
+}
+
+
+def test_nft_chains_at_ports_are_found(tmp_path: Path) -> None:
+    """They see what comes; a port that waits for its program is asked for, too."""
+
+    async def story() -> None:
+        async with place(tmp_path, True, False, False) as its:
+            await its.rounds()
+            port = its.ports[0]
+            wire = next(each for each in its.wires() if each.host_ifname == port)
+            with its.talk(0, 1) as talk:
+                for name, (family, devices) in CHAINS.items():
+                    chain = f"chain look {{ type filter hook ingress {devices.format(port)} priority 0; counter; }};"
+                    its.node.run("nft", "-f", "-", stdin=f"table {family} stranger {{ {chain} }}")
+                    await its.round()
+                    assert its.path.passed_over[port] == f"it has an nft chain of family {family}", name
+                    await its.run(its.path._waiting.update, {port: wire})
+                    assert await its.run(its.path.go_on), name
+                    assert await its.fast(talk) == 0, name
+                    its.node.run("nft", f"delete table {family} stranger")
+                    await its.round()
+                    assert (port in its.path.passed_over, await its.fast(talk)) == (False, 20), name
+
+    play(story)
+
+
 def test_a_start_leaves_strangers_alone(tmp_path: Path) -> None:
     async def story() -> None:
         async with place(tmp_path, True, False) as its:

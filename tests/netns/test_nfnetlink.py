@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import itertools
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -220,3 +222,52 @@ def test_an_interface_name_that_is_too_long_is_no_key() -> None:
 def test_a_verdict_is_told_apart_from_data() -> None:
     assert jump("a") != goto("a")
     assert Verdict(0) == DROP
+
+
+# --- while others change something --------------------------------------------------------------------------------
+
+
+class Busy:
+    """A socket in whose namespace something changes each time that it is read."""
+
+    def __init__(self, given: socket.socket, change: Callable[[], None]) -> None:
+        self._given, self._change = given, change
+
+    def send(self, data: bytes) -> int:
+        return self._given.send(data)
+
+    def recv(self, size: int) -> bytes:
+        self._change()
+        return self._given.recv(size)
+
+    def close(self) -> None:
+        self._given.close()
+
+
+MANY = "table inet many {{ {chains} chain last {{ type filter hook ingress device lo priority 0; }}; }}"
+
+
+def test_interfaces_with_chains_are_found_while_something_changes_all_the_time() -> None:
+    """Where another listing gives up: the fast path must not wait for a node to be quiet."""
+
+    async def story() -> None:
+        async with stage() as it:
+            it.node.run("nft", "-f", "-", stdin=MANY.format(chains="".join(f"chain c{n} {{ }}; " for n in range(1000))))
+            changing = await it.ask(lambda _: Nftables())
+            busy = await it.ask(lambda _: Nftables())
+            numbers = itertools.count()
+
+            def change() -> None:
+                changing.commit([add(BRIDGE, "bound", binding(next(numbers)))])
+
+            busy._socket = Busy(busy._socket, change)  # type: ignore[assignment]
+            try:
+                with pytest.raises(PlumbingFailed, match="Interrupted"):
+                    await it.ask(lambda _: busy.chains(INET))
+                assert await it.ask(lambda _: busy.devices(Family.INET)) == {"lo"}
+                assert await it.ask(lambda _: busy.devices(Family.NETDEV)) == set()
+            finally:
+                busy.close()
+                changing.close()
+
+    play(story)

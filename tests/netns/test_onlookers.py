@@ -17,7 +17,7 @@ from tests.netns.node_fixtures import Node, play
 
 LIMIT = "tbf rate 10mbit burst 32k latency 50ms"
 TAKES_ALL = "protocol all u32 match u32 0 0"
-CHAIN = "table netdev {table} {{ chain {table} {{ type filter hook {hook} {devices} priority 0; }}; }}"
+CHAIN = "table {family} {table} {{ chain {table} {{ type filter hook {hook} {devices} priority 0; }}; }}"
 
 
 def queue(kind: str) -> str:
@@ -100,8 +100,11 @@ def test_what_tc_put_there_is_seen_at_its_link() -> None:
     play(story)
 
 
-@pytest.mark.parametrize("hook", ["ingress", "egress"])
-def test_chains_of_family_netdev_are_seen_at_each_of_their_devices(hook: str) -> None:
+AT_DEVICES = [("netdev", "ingress"), ("netdev", "egress"), ("inet", "ingress")]
+
+
+@pytest.mark.parametrize(("family", "hook"), AT_DEVICES)
+def test_nft_chains_are_seen_at_each_of_their_devices(family: str, hook: str) -> None:
     async def story() -> None:
         async with links(5) as (node, names):
 
@@ -110,7 +113,7 @@ def test_chains_of_family_netdev_are_seen_at_each_of_their_devices(hook: str) ->
                 found = {
                     name: onlookers.of(index_of(name), name, sends=sends) for sends in (False, True) for name in names
                 }
-                assert set(found.values()) <= {"", "it has an nft chain of family netdev"}
+                assert set(found.values()) <= {"", f"it has an nft chain of family {family}"}
                 return [name for name, why in found.items() if why]
 
             assert await node.thread.run(watched) == []
@@ -119,11 +122,11 @@ def test_chains_of_family_netdev_are_seen_at_each_of_their_devices(hook: str) ->
                 ("several", "devices = { link2, link3 }"),
                 ("again", "device link3"),
             ):
-                node.run("nft", "-f", "-", stdin=CHAIN.format(table=table, hook=hook, devices=devices))
+                node.run("nft", "-f", "-", stdin=CHAIN.format(family=family, table=table, hook=hook, devices=devices))
             assert await node.thread.run(watched) == ["link1", "link2", "link3"]
-            node.run("nft", "delete table netdev one; delete table netdev again")
+            node.run("nft", f"delete table {family} one; delete table {family} again")
             assert await node.thread.run(watched) == ["link2", "link3"]
-            node.run("nft", "delete table netdev several")
+            node.run("nft", f"delete table {family} several")
             assert await node.thread.run(watched) == []
 
     play(story)
