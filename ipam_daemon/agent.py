@@ -34,6 +34,7 @@ from ipam_daemon.journal import Journal
 from ipam_daemon.metrics import Metrics
 from ipam_daemon.model import Address, Backend, BackendType, Block, ClusterConfig, NodeRecord, Pool, decode, encode
 from ipam_daemon.netlink import NetlinkThread
+from ipam_daemon.notes import describe, on_backends, on_doubles, on_unreached
 from ipam_daemon.plan import NodePlan, is_complete, plan_record
 from ipam_daemon.registry import Registry
 from ipam_daemon.settings import Settings
@@ -83,6 +84,7 @@ class Agent:
         self._generation = 1
         self._records: Mapping[str, NodeRecord] | None = None
         self._blocks: tuple[Block, ...] = ()
+        self._failure = ""  # why the kernel could not be brought to its plan the last time
         self._alone = False  # etcd did not answer: pods need not wait for the routes to other nodes
         self._converging = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -131,17 +133,13 @@ class Agent:
 
     def notes(self) -> list[str]:
         """What an operator may want to know, and keeps no pod from being added."""
+        why = (self._failure or self._plane.refused) if self._attachments.mtu else ""  # else it is why not ready
         notes = [self._foreign_pools] if self._foreign_pools else []
-        if self._config.backend != self._settings.backend:
-            ours, theirs = (_describe(each) for each in (self._settings.backend, self._config.backend))
-            notes.append(f"backend is {ours} in this node's configuration; the cluster's holds, which is {theirs}")
+        notes += [f"the kernel is not as it should be, which is tried again: {why}"] if why else []
+        notes += on_backends(self._settings.backend, self._config.backend)
+        notes += on_doubles(self.record, self.peers)
         if self.plan is not None and self.plan.peers is not None:
-            routes = self.plan.peers.routes
-            lost = [each.name for each in self.peers if is_complete(each) and any(b not in routes for b in each.blocks)]
-            if lost:
-                shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
-                kind = self._config.backend.type
-                notes.append(f"backend {kind} does not reach all pods of {shown}: not on a network of this node's")
+            notes += on_unreached(self.record, self.peers, self.plan.peers.routes, self._config.backend.type)
         return notes
 
     @property
@@ -243,7 +241,7 @@ class Agent:
             self._remember(_BACKEND, known)
         if config.backend != before:
             log.info(
-                "the backend changes", extra={"fields": {"from": _describe(before), "to": _describe(config.backend)}}
+                "the backend changes", extra={"fields": {"from": describe(before), "to": describe(config.backend)}}
             )
             self._changed.set()
 
@@ -370,12 +368,14 @@ class Agent:
         for former in self._journal.blocks():
             if former.cidr in known:
                 continue
-            block = msgspec.structs.replace(former, node_id=self._node_id, generation=self._generation)
+            block = msgspec.structs.replace(
+                former, node=self._settings.node, node_id=self._node_id, generation=self._generation
+            )
             holder = await self._registry.reclaim_block(block)
             if holder is None:
                 blocks.append(block)
                 log.error(
-                    "etcd had lost a block of this node; it is claimed again",
+                    "etcd had lost a block of this node, or had it under another name; it is claimed again",
                     extra={"fields": {"block": str(block.cidr)}},
                 )
             else:
@@ -410,21 +410,29 @@ class Agent:
         while True:
             try:
                 await self._converge(resync)
-                if resync:
-                    due = clock() + interval  # changes, however many, do not put it off
-                resync, delay = False, _FIRST_RETRY
+                self._failure = ""
             except CniError as error:
-                self._attachments.waiting_for = str(error)
-                log.warning("bringing the kernel to its plan failed, trying again: %s", error)
+                self._failure = self._attachments.waiting_for = str(error)
+                self._complain(self._failure)
                 await asyncio.sleep(delay)
                 delay, resync = min(2 * delay, _LAST_RETRY), True
                 continue
+            if resync:
+                due = clock() + interval  # changes, however many, do not put it off
+            if self._plane.refused:
+                self._complain(self._plane.refused)
+                due = min(due, clock() + delay)
+            delay, resync = min(2 * delay, _LAST_RETRY) if self._plane.refused else _FIRST_RETRY, False
             try:
                 async with asyncio.timeout_at(due):  # Python 3.11's wait_for may lose the cancellation that ends us
                     await self._changed.wait()
             except TimeoutError:
                 resync = True
                 self._remember(_SEEN, self._registry.seen())
+
+    def _complain(self, why: str) -> None:
+        self._metrics.failures.inc()
+        log.warning("bringing the kernel to its plan failed, trying again: %s", why)
 
     async def _converge(self, resync: bool) -> None:
         async with self._converging:
@@ -453,7 +461,3 @@ class Agent:
     def close(self) -> None:
         """Listens for nothing any more."""
         self._plane.close()
-
-
-def _describe(backend: Backend) -> str:
-    return f"{backend.type} (VNI {backend.vni}, UDP port {backend.port})"

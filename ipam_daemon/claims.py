@@ -160,6 +160,15 @@ def name_taken(name: str, holder_id: str, addresses: Iterable[Address]) -> NodeN
     )
 
 
+def still_lives(block: Block) -> TryAgain:
+    """The error for a block of this machine under a former name of its, while a daemon holds that name."""
+    return TryAgain(
+        f"block {block.cidr} is this machine's by its id {block.node_id}, and node {block.node!r} has it, which lives: "
+        f"that is over in seconds if this machine had that name, and if it is a copy of that one "
+        f"remove what it has under /var/lib/podwire"
+    )
+
+
 def keep_former(former: Mapping[str, NodeRecord], known: Mapping[str, NodeRecord]) -> dict[str, NodeRecord]:
     """Those of `former` that a wiped or restored store does not know, and whose blocks nobody else says to have.
 

@@ -22,7 +22,7 @@ from functools import partial
 from ipam_daemon.attachments import Attachments
 from ipam_daemon.conntrack import forget_udp_of
 from ipam_daemon.devices import Devices
-from ipam_daemon.errors import CniError, PlumbingFailed, TryAgainLater
+from ipam_daemon.errors import CniError, EntriesRefused, PlumbingFailed, TryAgainLater
 from ipam_daemon.faults import point
 from ipam_daemon.firewall import Firewall
 from ipam_daemon.metrics import Metrics
@@ -71,6 +71,8 @@ class DataPlane:
         """The node's own addresses on the underlay."""
         self.plan: NodePlan | None = None
         """What the kernel was last brought to, None before the first time."""
+        self.refused = ""
+        """What the kernel refused of that: entries towards other nodes, which pods need not wait for."""
 
     # --- the underlay
 
@@ -148,7 +150,7 @@ class DataPlane:
         underlay = await self._look_at_underlay() if looks or self._underlay is None else self._underlay
         table, peers = self._table_for(config.backend.type, underlay), None
         if records is not None:
-            table.update(records)
+            table.update(records, (block.cidr for block in blocks))
             peers = table.peers
             tunnelled = peers.has_tunnels
         settings, on_link = self._settings, underlay.on_link
@@ -199,7 +201,11 @@ class DataPlane:
         if anew:
             await self._thread.run(self._peers.resync)
         touched = None if anew or table is not self._applied else table.touched
-        changed = await self._thread.run(self._peers.apply, plan.peers, touched)
+        changed, self.refused = 0, ""
+        try:
+            changed = await self._thread.run(self._peers.apply, plan.peers, touched)
+        except EntriesRefused as error:  # it keeps them in mind, and tries them again with the next change
+            self.refused = str(error)
         table.settle()
         self._applied = table
         point("converge.peers")
@@ -217,9 +223,9 @@ class DataPlane:
         return done + await self._thread.run(devices.ensure_vxlan, plan.vxlan)
 
     def _table_for(self, backend: BackendType, underlay: Underlay) -> PeerTable:
-        circumstances = (backend, underlay.on_link, self.addresses[0].version)
+        circumstances = (backend, underlay.on_link, self.addresses)
         if self._table is None or self._table_of != circumstances:
             family = self.addresses[0].version
             plan = partial(plan_peers, backend=backend, on_link=underlay.on_link, underlay_family=family)
-            self._table, self._table_of = PeerTable(self._settings.node, plan), circumstances
+            self._table, self._table_of = PeerTable(self._settings.node, plan, self.addresses), circumstances
         return self._table

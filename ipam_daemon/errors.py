@@ -103,6 +103,10 @@ class PlumbingFailed(CniError):
     code = 5
 
 
+class EntriesRefused(PlumbingFailed):
+    """The kernel refused entries towards other nodes, and has all the others."""
+
+
 class AddressUnavailable(CniError):
     """An address that was asked for by name cannot be had here. The message says why."""
 

@@ -36,6 +36,7 @@ from ipam_daemon.claims import (
     next_generation,
     overlap,
     parse_network,
+    still_lives,
 )
 from ipam_daemon.departures import Departures
 from ipam_daemon.live_name import LiveName
@@ -210,11 +211,28 @@ class EtcdRegistry:
                 if holder is not None and overlap(holder.cidr, block.cidr):
                     if (holder.node_id, holder.cidr) != (block.node_id, block.cidr):
                         return holder.node
-                    self._restoration.wrote(item.key, item.mod_revision)
-                    return None
+                    if holder.node == block.node:
+                        self._restoration.wrote(item.key, item.mod_revision)
+                        return None
+                    if await self._rename(item, holder, block):
+                        return None
+                    break
             if await self._claim(block):
                 await self._restoration.missed(self._block_key(block.cidr))
                 return None
+
+    async def _rename(self, item: Item, holder: Block, block: Block) -> bool:
+        """This machine had another name. Whether the block is under the new one; False when it has just changed.
+
+        Raises TryAgain while the former name lives: for some seconds, or for as long as there is another machine that
+        is a copy of this one.
+        """
+        if await self._session.get(f"{self._root}live/{holder.node}") is not None:
+            raise still_lives(holder)
+        result = await self._session.txn([unchanged(item.key, item.mod_revision)], [Put(item.key, encode(block))])
+        if result.succeeded:
+            self._restoration.wrote(item.key, result.revision)
+        return result.succeeded
 
     async def release_block(self, block: Block) -> bool:
         key = self._block_key(block.cidr)

@@ -70,6 +70,11 @@ class Metrics:
         )
         self.ready = Gauge("podwire_ready", "1 while an ADD can succeed", registry=self.registry)
         self.repairs = Counter("podwire_repairs", "What reconcile had to put right", ["what"], registry=self.registry)
+        self.failures = Counter(
+            "podwire_converge_failures",
+            "Attempts to bring the kernel to its plan that failed, wholly or in part",
+            registry=self.registry,
+        )
         self.replayed = Counter(
             "podwire_queued_dels", "DELs replayed from the queue", ["result"], registry=self.registry
         )

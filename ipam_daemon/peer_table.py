@@ -6,6 +6,10 @@ What it holds is `plan_peers` of all complete records in the order of their name
 way that it came there leaves no trace. Of two records that claim one thing the first by name has it, and the other
 gets it when the first lets go, so claims that do not win are kept.
 
+What is this node's own is nobody else's, whatever their records say. A machine that got another name, or was installed
+anew, has left a record that stays until somebody has it forgotten: at the node's own address nobody is reached, and a
+route to the node's own block would take its pods from it.
+
 That a record is another is told by identity first, so whoever hands records out keeps those that did not change.
 Finding that 4,999 of 5,000 are the same takes 0.3 ms, and copying what is handed out as much.
 """
@@ -33,13 +37,19 @@ class Touched(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PeerTable:
-    """`own` is this node's name, whose record is passed over; `plan` is `plan_peers` in this node's circumstances.
+    """`own` is this node's name, whose record is passed over, and `addresses` are its own, at which no other node is;
+    `plan` is `plan_peers` in this node's circumstances.
 
     When these change, so that it would say something else of the same record, a new table is due.
     """
 
-    def __init__(self, own: str, plan: Callable[[Iterable[NodeRecord]], PeersPlan]) -> None:
+    def __init__(
+        self, own: str, plan: Callable[[Iterable[NodeRecord]], PeersPlan], addresses: Iterable[Address] = ()
+    ) -> None:
         self._own = own
+        self._addresses = frozenset(addresses)
+        self._blocks: frozenset[Network] = frozenset()
+        self._moved: set[Network] = set()  # blocks that have become this node's, or are no longer
         self._plan = plan
         self._records: Mapping[str, NodeRecord] = {}
         self._neighbours: _Claims[Address, str] = _Claims()
@@ -47,8 +57,11 @@ class PeerTable:
         self._routes: _Claims[Network, RoutePlan] = _Claims()
         self._vteps: _Claims[Address, None] = _Claims()
 
-    def update(self, records: Mapping[str, NodeRecord]) -> None:
-        """These are the nodes now. `records` must not be changed once it is handed over."""
+    def update(self, records: Mapping[str, NodeRecord], blocks: Iterable[Network] = ()) -> None:
+        """These are the nodes now, and this node's own blocks. `records` must not be changed once it is handed over."""
+        owned = frozenset(blocks)
+        self._moved |= self._blocks ^ owned
+        self._blocks = owned
         former, self._records = self._records, records
         changed = [name for name, record in records.items() if former.get(name) is not record]
         for name in (*(former.keys() - records.keys()), *changed):
@@ -62,9 +75,10 @@ class PeerTable:
     @property
     def peers(self) -> PeersPlan:
         """The plan; what is handed out does not change."""
-        return PeersPlan(
-            neighbours=dict(self._neighbours.held), fdb=dict(self._fdb.held), routes=dict(self._routes.held)
-        )
+        routes = dict(self._routes.held)
+        for cidr in self._blocks:
+            routes.pop(cidr, None)
+        return PeersPlan(neighbours=dict(self._neighbours.held), fdb=dict(self._fdb.held), routes=routes)
 
     @property
     def vteps(self) -> frozenset[Address]:
@@ -77,16 +91,22 @@ class PeerTable:
         return Touched(
             neighbours=frozenset(self._neighbours.touched),
             fdb=frozenset(self._fdb.touched),
-            routes=frozenset(self._routes.touched),
+            routes=frozenset(self._routes.touched | self._moved),
         )
 
     def settle(self) -> None:
         """Whoever asked for `touched` has done what there was to do."""
         for each in (self._neighbours, self._fdb, self._routes, self._vteps):
             each.touched.clear()
+        self._moved.clear()
 
     def _claiming(self, record: NodeRecord | None) -> NodeRecord | None:
-        return record if record is not None and record.name != self._own and is_complete(record) else None
+        if record is None or record.name == self._own:
+            return None
+        elsewhere = tuple(address for address in record.addresses if address not in self._addresses)
+        if len(elsewhere) != len(record.addresses):
+            record = msgspec.structs.replace(record, addresses=elsewhere)
+        return record if is_complete(record) else None
 
     def _claim(self, record: NodeRecord) -> None:
         for claims, key, value in self._entries(record):

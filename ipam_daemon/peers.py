@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 import msgspec
 
 from ipam_daemon import peer_messages as messages
-from ipam_daemon.errors import PlumbingFailed
+from ipam_daemon.errors import EntriesRefused, PlumbingFailed
 from ipam_daemon.model import Network
 from ipam_daemon.netlink import NetlinkThread, index_of
 from ipam_daemon.peer_table import Touched
@@ -94,7 +94,7 @@ class Peers:
         """Brings the kernel to `plan`. Returns how many entries were changed.
 
         `touched`: what may differ from the plan that was applied before; None compares everything. Raises
-        PlumbingFailed that names what the kernel refused, after all others were tried.
+        EntriesRefused that names what the kernel refused, after all others were tried.
         """
         index = self._find_device()
         if index != self._index:  # made anew: what the kernel had of it is gone
@@ -122,7 +122,7 @@ class Peers:
         )
         if failures:
             more = f" (and {len(failures) - _TOLD} more)" if len(failures) > _TOLD else ""
-            raise PlumbingFailed("; ".join(failures[:_TOLD]) + more)
+            raise EntriesRefused("; ".join(failures[:_TOLD]) + more)
         return changed
 
     def _desire_all(self, plan: PeersPlan) -> None:

@@ -68,7 +68,8 @@ class Registry(Protocol):
 
     async def reclaim_block(self, block: Block) -> str | None:
         """Claims a block that its owner remembers and the store has lost. Returns the name of the node that has it, or
-        part of it, instead; None when it is claimed, or was never lost."""
+        part of it, instead; None when it is claimed, or was never lost. One that this machine has under a former name
+        gets the new one; raises TryAgain while a daemon holds the former."""
 
     async def release_block(self, block: Block) -> bool:
         """Deletes `block` if its owner and generation are still these; returns whether it did."""

@@ -25,6 +25,7 @@ from ipam_daemon.claims import (
     name_taken,
     next_generation,
     overlap,
+    still_lives,
 )
 from ipam_daemon.model import Block, ClusterConfig, Network, NodeRecord, Pool
 from podwire.etcd import EtcdUnavailable
@@ -194,7 +195,13 @@ class FakeRegistry:
         self.store.check()
         for holder in self.store.blocks.values():
             if overlap(holder.cidr, block.cidr):
-                return None if (holder.node_id, holder.cidr) == (block.node_id, block.cidr) else holder.node
+                if (holder.node_id, holder.cidr) != (block.node_id, block.cidr):
+                    return holder.node
+                if holder.node != block.node:
+                    if holder.node in self.store.live:
+                        raise still_lives(holder)
+                    self.store.blocks[block.cidr] = block
+                return None
         self.store.blocks[block.cidr] = block
         if not self.store.settling:
             self.store.lost(f"it had lost {block.cidr}")
