@@ -24,8 +24,8 @@ from ipam_daemon import audit_elements, ruleset
 from ipam_daemon.claims import overlap
 from ipam_daemon.differences import Difference, difference
 from ipam_daemon.facts import Facts, Link
-from ipam_daemon.model import Address, Attachment, AttachmentState
-from ipam_daemon.plan import BRIDGE, alias_of, attachment_of, is_same_wire
+from ipam_daemon.model import Address, Attachment, AttachmentState, Interface
+from ipam_daemon.plan import BRIDGE, BridgePlan, VxlanPlan, alias_of, attachment_of, is_same_wire
 
 UNFINISHED_S = 60.0
 """Seconds after which an ADD that is still under way is told of, and a sandbox is missed."""
@@ -228,11 +228,8 @@ def _bridge(facts: Facts) -> Iterator[Difference]:
     if not link.filtered:
         wrong["nf_call_iptables"] = ("off", "on")
     yield from _changed("bridge-changed", plan.name, wrong)
-    missing = set(plan.addresses) - link.addresses
-    extra = {each for each in link.addresses - set(plan.addresses) if any(each.ip in pool for pool in plan.pools)}
-    for each in sorted(missing | extra, key=str):
-        kernel, daemon = ("absent", "wanted") if each in missing else ("there", "not a gateway of this node")
-        yield difference("bridge-address", f"{each} on {plan.name}", kernel=kernel, daemon=daemon)
+    for each, says in _addresses_of(link, plan, "a gateway"):
+        yield difference("bridge-address", f"{each} on {plan.name}", kernel=says[0], daemon=says[1])
 
 
 def _vxlan(facts: Facts) -> Iterator[Difference]:
@@ -246,9 +243,17 @@ def _vxlan(facts: Facts) -> Iterator[Difference]:
     tunnel = f"{plan.vni} {plan.port} {plan.local}"
     if link.tunnel != tunnel:
         wrong["VNI, port, local address"] = (link.tunnel, tunnel)
-    for each in sorted(set(plan.addresses) - link.addresses, key=str):
-        wrong[f"address {each}"] = ("absent", "wanted")
+    for each, says in _addresses_of(link, plan, "a VTEP"):
+        wrong[f"address {each}"] = says
     yield from _changed("vxlan-changed", plan.name, wrong)
+
+
+def _addresses_of(link: Link, plan: BridgePlan | VxlanPlan, what: str) -> Iterator[tuple[Interface, tuple[str, str]]]:
+    """Addresses that are missing, or there although nobody wants them, with what the kernel and the daemon say."""
+    missing = set(plan.addresses) - link.addresses
+    extra = {each for each in link.addresses - set(plan.addresses) if any(each.ip in pool for pool in plan.pools)}
+    for each in sorted(missing | extra, key=str):
+        yield each, ("absent", "wanted") if each in missing else ("there", f"not {what} of this node")
 
 
 def _common(link: Link, kind: str, mac: str, mtu: int) -> dict[str, tuple[str, str]]:

@@ -24,7 +24,7 @@ from contextlib import suppress
 from typing import Any
 
 from ipam_daemon.errors import PlumbingFailed
-from ipam_daemon.model import Address, Interface
+from ipam_daemon.model import Address
 from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, write_sysctl
 from ipam_daemon.plan import BridgePlan, VxlanPlan
 from ipam_daemon.rtnl import add_address
@@ -75,8 +75,7 @@ class Devices:
             done.append(f"set group_fwd_mask of {plan.name}")
         for path, value in wanted_sysctls(plan).items():
             write_sysctl(path, value)
-        done += self._ensure_common(index, link, plan.mac, plan.mtu, plan.addresses)
-        return done + self._remove_addresses(index, plan)
+        return done + self._ensure_common(index, link, plan)
 
     def ensure_vxlan(self, plan: VxlanPlan) -> list[str]:
         """Brings the VXLAN device to its plan. Returns what had to be done, in words."""
@@ -95,7 +94,7 @@ class Devices:
         index = index_of(plan.name)
         for path, value in vxlan_sysctls(plan).items():
             write_sysctl(path, value)
-        return done + self._ensure_common(index, self._link(index), plan.mac, plan.mtu, plan.addresses)
+        return done + self._ensure_common(index, self._link(index), plan)
 
     def prepare_underlay(self, names: Iterable[str], forwards: Iterable[int], direct: bool) -> list[str]:
         """Lets the underlay's interfaces do what the node is going to need. Returns what had to be done, in words.
@@ -136,39 +135,35 @@ class Devices:
         with suppress(OSError):  # before it is up: later that would cost packets; the fast path does without, too
             self._thread.channel.exchange([add_clsact(index_of(plan.name))])
 
-    def _ensure_common(self, index: int, link: Any, mac: str, mtu: int, addresses: Iterable[Interface]) -> list[str]:
-        name, done = link.get("ifname"), []
+    def _ensure_common(self, index: int, link: Any, plan: BridgePlan | VxlanPlan) -> list[str]:
+        done = []
         wrong: dict[str, object] = {}
-        if link.get("address") != mac:
-            wrong["address"] = mac
-        if link.get("mtu") != mtu:
-            wrong["mtu"] = mtu
+        if link.get("address") != plan.mac:
+            wrong["address"] = plan.mac
+        if link.get("mtu") != plan.mtu:
+            wrong["mtu"] = plan.mtu
         if link.get("state") != _UP:
             wrong["state"] = _UP
         if wrong:
-            with naming(f"{name}: setting {', '.join(wrong)}"):
+            with naming(f"{plan.name}: setting {', '.join(wrong)}"):
                 self._thread.host.link("set", index=index, **wrong)
-            done.append(f"set {', '.join(wrong)} of {name}")
-        return done + self._ensure_addresses(index, name, addresses)
+            done.append(f"set {', '.join(wrong)} of {plan.name}")
+        return done + self._ensure_addresses(index, plan)
 
-    def _ensure_addresses(self, index: int, name: str, wanted: Iterable[Interface]) -> list[str]:
-        there = {
+    def _ensure_addresses(self, index: int, plan: BridgePlan | VxlanPlan) -> list[str]:
+        """Those of the plan, and of the pools no others: gateways and VTEPs of blocks that were returned, or lost, are
+        another node's. What is in no pool is somebody else's, and stays."""
+        there = [
             ipaddress.ip_interface(f"{each.get('address')}/{each['prefixlen']}")
             for each in self._thread.host.get_addr(index=index)
-        }
+        ]
         done = []
-        for interface in wanted:
+        for interface in plan.addresses:
             if interface not in there:
-                with naming(f"address {interface} on {name}"):
+                with naming(f"address {interface} on {plan.name}"):
                     self._thread.channel.exchange([add_address(index, interface)])
-                done.append(f"added {interface} to {name}")
-        return done
-
-    def _remove_addresses(self, index: int, plan: BridgePlan) -> list[str]:
-        """Gateways of blocks that were returned: the pods behind them are another node's."""
-        done = []
-        for each in self._thread.host.get_addr(index=index):
-            interface = ipaddress.ip_interface(f"{each.get('address')}/{each['prefixlen']}")
+                done.append(f"added {interface} to {plan.name}")
+        for interface in there:
             if interface not in plan.addresses and any(interface.ip in pool for pool in plan.pools):
                 with naming(f"address {interface} on {plan.name}"):
                     self._thread.host.addr(

@@ -24,6 +24,7 @@ VXLAN = VxlanPlan(
     mtu=1450,
     addresses=(ipaddress.ip_interface("10.244.1.2/32"),),
 )
+POOLS = (ipaddress.ip_network("10.244.0.0/16"), ipaddress.ip_network("fd00:10:244::/48"))
 SYSCTLS = {
     "net/ipv4/ip_forward": "1",
     "net/ipv4/conf/all/send_redirects": "0",
@@ -156,6 +157,39 @@ def test_another_mtu_is_set_in_place() -> None:
         async with Node() as node:
             await vxlan(node)
             assert await vxlan(node, msgspec.structs.replace(VXLAN, mtu=1400)) == ["set mtu of pw-vxlan"]
+
+    play(story)
+
+
+def test_a_node_whose_first_block_is_another_has_one_vtep_a_family() -> None:
+    def at(number: int) -> VxlanPlan:
+        vteps = tuple(
+            ipaddress.ip_interface(text) for text in (f"10.244.{number}.2/32", f"fd00:10:244:{number}::2/128")
+        )
+        return msgspec.structs.replace(VXLAN, addresses=vteps, pools=POOLS)
+
+    def addresses(node: Node) -> set[str]:
+        (link,) = node.json("addr", "show", "dev", "pw-vxlan")
+        return {each["local"] for each in link["addr_info"]}
+
+    async def story() -> None:
+        async with Node() as node:
+            await vxlan(node, at(1))
+            node.ip("addr", "add", "203.0.113.9/32", "dev", "pw-vxlan")
+            others = addresses(node) - {"10.244.1.2", "fd00:10:244:1::2"}
+            assert any(each.startswith("fe80::") for each in others)
+            assert await vxlan(node, at(9)) == [
+                "added 10.244.9.2/32 to pw-vxlan",
+                "added fd00:10:244:9::2/128 to pw-vxlan",
+                "removed 10.244.1.2/32 from pw-vxlan",
+                "removed fd00:10:244:1::2/128 from pw-vxlan",
+            ]
+            assert addresses(node) == {"10.244.9.2", "fd00:10:244:9::2"} | others, "of no pool: somebody else's"
+            assert await vxlan(node, at(9)) == []
+            node.ip("addr", "del", "203.0.113.9/32", "dev", "pw-vxlan")
+            for gateway, source in (("10.244.1.2", "10.244.9.2"), ("fd00:10:244:1::2", "fd00:10:244:9::2")):
+                node.ip("route", "add", f"{gateway}0", "via", gateway, "dev", "pw-vxlan", "onlink")
+                assert node.json("route", "get", f"{gateway}0")[0]["prefsrc"] == source, "of what the node sends"
 
     play(story)
 

@@ -320,6 +320,14 @@ STORIES: dict[str, tuple[Change, set[tuple[str, str]]]] = {
         {("vxlan-changed", "pw-vxlan")},
     ),
     "no VTEP address": (links(msgspec.structs.replace(VXLAN, addresses=frozenset())), {("vxlan-changed", "pw-vxlan")}),
+    "the VTEP of a block that went to another node": (
+        links(msgspec.structs.replace(VXLAN, addresses=VXLAN.addresses | {ipaddress.ip_interface("10.244.3.2/32")})),
+        {("vxlan-changed", "pw-vxlan")},
+    ),
+    "somebody else's address on the VXLAN device": (
+        links(msgspec.structs.replace(VXLAN, addresses=VXLAN.addresses | {ipaddress.ip_interface("fe80::1/64")})),
+        set(),
+    ),
     "no neighbour": (peers(neighbours={}), {("neighbour-missing", str(VTEP))}),
     "no FDB entry": (peers(fdb={}), {("fdb-missing", INNER)}),
     "no route": (peers(routes={}), {("route-missing", str(PEER))}),

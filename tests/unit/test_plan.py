@@ -65,6 +65,7 @@ def test_a_node_alone() -> None:
     assert got.bridge.mac == "0a:58:0a:f4:01:01"
     assert (got.vxlan.vni, got.vxlan.port, str(got.vxlan.local)) == (7, 8472, "192.0.2.1")
     assert [str(each) for each in got.vxlan.addresses] == ["10.244.1.2/32"]
+    assert got.bridge.pools == got.vxlan.pools == (CONFIG.pools[0].cidr,)
     assert got.peers is not None
     assert (dict(got.peers.neighbours), dict(got.peers.fdb), dict(got.peers.routes)) == ({}, {}, {})
     assert got.firewall.vteps == frozenset()
