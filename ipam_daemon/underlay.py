@@ -5,6 +5,11 @@
 
 A node that was not told its addresses takes those from which it reaches the world, one of each family. IPv6 addresses
 that come and go (temporary, deprecated, not yet unique) are not taken, since a node's peers keep what it tells them.
+One that is gone for some seconds is followed by the one from which the node reaches the world by then (another lease,
+another prefix); a link that flaps and a client that renews are quicker. Until there is one, the last known is kept.
+
+A node address may be on an interface that no packet leaves by (`lo`, where hosts speak BGP): then the MTU is that of
+the default route's interface, and its network, of one address, has no neighbours.
 
 Word of a change comes from a netlink socket in the groups for links and addresses, with a socket filter that lets
 nothing through but what is about these interfaces: a pod that is added makes a dozen messages, and none of them wakes
@@ -20,6 +25,7 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -29,8 +35,13 @@ from ipam_daemon.netlink import NetlinkThread, tolerating
 from podwire.netns import netlink_socket
 
 # Any address beyond a default route will do; nothing is sent. These are of no network that a node is on.
-_FAR = ("192.88.99.1", "2001:1::1")
+_FAR = {4: "192.88.99.1", 6: "2001:1::1"}
 _UNSTABLE = 0x01 | 0x08 | 0x20 | 0x40  # IFA_F_TEMPORARY, _DADFAILED, _DEPRECATED, _TENTATIVE (linux/if_addr.h)
+_GOING = 0x08 | 0x20  # of these what an address that is there does not come back from by itself
+_UP, _LOOPBACK = 0x1, 0x8  # IFF_ (linux/if.h)
+_LARGEST_MTU = 65535  # of an IP packet, and of a bridge
+GRACE = 5.0
+"""Seconds for which an address of the node may be gone before another takes its place."""
 _GLOBAL = 0  # RT_SCOPE_UNIVERSE
 
 _GROUPS = 0x1 | 0x10 | 0x100  # RTMGRP_LINK, _IPV4_IFADDR, _IPV6_IFADDR (linux/rtnetlink.h)
@@ -41,8 +52,9 @@ _SO_ATTACH_FILTER = 26
 
 
 class Underlay(msgspec.Struct, frozen=True, kw_only=True):
-    """Where this node's addresses are. `devices` are interfaces, index → name, that of the first address first; `mtu`
-    is their smallest, in bytes; `on_link` are the networks that they are on, each with its interface."""
+    """Where this node's addresses are. `devices` are the interfaces that have them and those that packets leave by,
+    index → name, those of the first address first; `mtu` is the smallest of the latter, in bytes, 0 when there is none;
+    `on_link` are the networks that these are on, each with its interface."""
 
     devices: Mapping[int, str]
     mtu: int
@@ -51,47 +63,149 @@ class Underlay(msgspec.Struct, frozen=True, kw_only=True):
 
 def find_underlay(thread: NetlinkThread, addresses: Sequence[Address]) -> Underlay:
     """The underlay of a node with these addresses. Raises TryAgainLater when no interface has the first."""
-    places: dict[Address, tuple[int, Network]] = {}
+    places: dict[Address, list[tuple[int, Network]]] = {}
     for each in thread.host.get_addr():
         address = ipaddress.ip_address(each.get("local") or each.get("address"))
         if address in addresses:
             network = ipaddress.ip_network(f"{address}/{each['prefixlen']}", strict=False)
-            places[address] = (each["index"], network)
+            places.setdefault(address, []).append((each["index"], network))
     if addresses[0] not in places:
         raise TryAgainLater(f"no interface of this node has the node address {addresses[0]}")
-    links = {}
-    for address in addresses:
-        if address in places:
-            index, _ = places[address]
-            links[index] = thread.host.get_links(index)[0]
-    return Underlay(
-        devices={index: str(link.get("ifname")) for index, link in links.items()},
-        mtu=min(int(link.get("mtu")) for link in links.values()),
-        on_link={network: str(links[index].get("ifname")) for index, network in places.values()},
-    )
+    devices: dict[int, str] = {}
+    on_link: dict[Network, str] = {}
+    mtus: list[int] = []
+    for address in (each for each in addresses if each in places):
+        found = [(thread.host.get_links(index)[0], network) for index, network in places[address]]
+        link, network = min(found, key=lambda each: _unlikelihood(each[0]))
+        devices[link["index"]] = str(link.get("ifname"))
+        if _leads_out(link):
+            on_link[network] = str(link.get("ifname"))
+        elif (way := _link_outward(thread, address.version)) is not None:
+            link = way
+            devices[link["index"]] = str(link.get("ifname"))
+        if not link["flags"] & _LOOPBACK:
+            mtus.append(int(link.get("mtu")))
+    return Underlay(devices=devices, mtu=min(*mtus, _LARGEST_MTU) if mtus else 0, on_link=on_link)
+
+
+def _unlikelihood(link: Any) -> tuple[bool, bool]:
+    """How little it is this one of several interfaces with the same address."""
+    return not _leads_out(link), not link["flags"] & _UP
+
+
+def _leads_out(link: Any) -> bool:
+    """Whether packets leave the node by this interface."""
+    return not link["flags"] & _LOOPBACK and link.get(("linkinfo", "kind")) != "dummy"
+
+
+def _link_outward(thread: NetlinkThread, family: int) -> Any | None:
+    route = _route_towards(thread, _FAR[family])
+    return None if route is None else thread.host.get_links(route.get("oif"))[0]
 
 
 def default_addresses(thread: NetlinkThread) -> tuple[Address, ...]:
     """The addresses from which this node reaches the world, one of each family that it has a default route of."""
-    return tuple(address for far in _FAR if (address := _source_towards(thread, far)) is not None)
+    return tuple(address for far in _FAR.values() if (address := _source_towards(thread, far)) is not None)
 
 
 def _source_towards(thread: NetlinkThread, far: str) -> Address | None:
-    route = None
-    with tolerating(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
-        route = next(iter(thread.host.route("get", dst=far)), None)
-    if route is None or not route.get("oif"):
+    route = _route_towards(thread, far)
+    if route is None:
         return None
     family = socket.AF_INET6 if ":" in far else socket.AF_INET
     chosen = route.get("prefsrc")
     stable = [
         each.get("local") or each.get("address")
         for each in thread.host.get_addr(index=route.get("oif"), family=family)
-        if each["scope"] == _GLOBAL and not (each.get("flags") or each["flags"]) & _UNSTABLE
+        if each["scope"] == _GLOBAL and not _flags(each) & _UNSTABLE
     ]
     if chosen and (chosen in stable or family == socket.AF_INET):
         return ipaddress.ip_address(chosen)
     return ipaddress.ip_address(stable[0]) if stable else None
+
+
+def _route_towards(thread: NetlinkThread, far: str) -> Any | None:
+    route = None
+    with tolerating(errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
+        route = next(iter(thread.host.route("get", dst=far)), None)
+    return route if route is not None and route.get("oif") else None
+
+
+def _flags(address: Any) -> int:
+    return int(address.get("flags") or address["flags"])
+
+
+# --- the node's own addresses -------------------------------------------------------------------------------------
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel says of addresses: `held` are all that interfaces have and keep, `outward` those from which the
+    world is reached, at most one of each family."""
+
+    held: frozenset[Address]
+    outward: tuple[Address, ...] = ()
+
+
+def look_at_addresses(thread: NetlinkThread, searches: bool) -> Standing:
+    """How it stands with the addresses of this node. Where they are configured (not `searches`) nothing takes the place
+    of any, and one that nobody begins to talk from any more (deprecated) is as good as others."""
+    lost = _GOING if searches else 0
+    held = frozenset(
+        ipaddress.ip_address(each.get("local") or each.get("address"))
+        for each in thread.host.get_addr()
+        if not _flags(each) & lost
+    )
+    return Standing(held=held, outward=default_addresses(thread) if searches else ())
+
+
+class OwnAddresses:
+    """The node's own addresses on the underlay as they come and go. It is told how it stands, and asks nobody."""
+
+    def __init__(self, configured: tuple[Address, ...], families: Iterable[int], grace: float = GRACE) -> None:
+        """`families` of the pods: an address of each is looked for. `grace` is in seconds."""
+        self.addresses = configured
+        """At most one of each family, that of the VXLAN end point first. A family that came does not go."""
+        self.searches = not configured
+        """Whether they are found, not configured."""
+        self.due: float | None = None
+        """When it is time to look again, by the clock that `follow` is told of; None when no address is missing, or
+        all is done that could be."""
+        self._families = frozenset(families)
+        self._grace = grace
+        self._missing: dict[Address, float] = {}  # since when
+        self._told: set[Address] = set()
+
+    def follow(self, standing: Standing, now: float) -> list[str]:
+        """Takes what came, and puts others in the place of those that have long been gone. Returns what an operator has
+        to know, in words. `now` in seconds."""
+        if self.searches:
+            self._take(standing.outward)
+        self._missing = {each: self._missing.get(each, now) for each in self.addresses if each not in standing.held}
+        self._told &= self._missing.keys()
+        late = [each for each, since in self._missing.items() if now - since >= self._grace]
+        words = [word for each in late if (word := self._replace(each, standing.outward))]
+        waiting = [since for each, since in self._missing.items() if each not in late]
+        self.due = min(waiting) + self._grace if waiting else None
+        return words
+
+    def _take(self, found: Iterable[Address]) -> None:
+        known = {each.version for each in self.addresses}
+        if known and self._families <= known:
+            return
+        more = [each for each in found if each.version not in known]
+        self.addresses = tuple(sorted((*self.addresses, *more), key=lambda each: each.version))
+
+    def _replace(self, gone: Address, found: Iterable[Address]) -> str:
+        successor = next((each for each in found if each.version == gone.version), None)
+        if successor is not None:
+            self.addresses = tuple(successor if each == gone else each for each in self.addresses)
+            del self._missing[gone]
+            return f"the node's address {gone} is gone; it is {successor} from now on"
+        if gone in self._told:
+            return ""
+        self._told.add(gone)
+        why = "and there is no other from which it reaches the world" if self.searches else "which nodeAddresses has"
+        return f"no interface of this node has its address {gone}, {why}"
 
 
 # --- word of changes ----------------------------------------------------------------------------------------------

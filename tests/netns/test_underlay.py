@@ -13,7 +13,7 @@ import pytest
 
 from ipam_daemon.devices import Devices
 from ipam_daemon.errors import PlumbingFailed
-from ipam_daemon.underlay import Underlay, UnderlayWatch, default_addresses, find_underlay
+from ipam_daemon.underlay import Underlay, UnderlayWatch, default_addresses, find_underlay, look_at_addresses
 from tests.netns.node_fixtures import Node, bridge_plan, engine, key, play, pods
 
 SIX = bridge_plan(ipaddress.ip_network("fd00:10:244:1::/64"))
@@ -77,6 +77,82 @@ def test_networks_and_mtu_are_of_the_interfaces_with_the_nodes_addresses() -> No
             it.ip("link", "set", "other", "mtu", "1300")
             both = (ipaddress.ip_address("192.0.2.1"), ipaddress.ip_address("198.51.100.1"))
             assert (await it.thread.run(find_underlay, it.thread, both)).mtu == 1300, "the smallest"
+
+    play(story)
+
+
+ON_LO = {  # more of the node → its MTU, and who is beside it
+    "packets leave by the default route's interface": (
+        ["link set under0 mtu 1400", "route add default via 192.0.2.254"],
+        (1400, set()),
+    ),
+    "nobody knows by which": ([], (0, set())),
+    "another interface has it, too": (
+        ["link add other type veth peer name other1", "addr add 198.51.100.1/32 dev other", "link set other mtu 1300"],
+        (1300, {"198.51.100.1/32"}),
+    ),
+    "and one that is up": (
+        [
+            "link add aside type veth peer name aside1",
+            "addr add 198.51.100.1/32 dev aside",
+            "link set aside mtu 1200",
+            "addr add 198.51.100.1/32 dev under0",
+        ],
+        (1500, {"198.51.100.1/32"}),
+    ),
+    "several have it, the first does": (
+        [
+            "addr add 198.51.100.1/24 dev under0",
+            "link add other type veth peer name other1",
+            "link set other1 up",
+            "link set other up mtu 1300",
+            "addr add 198.51.100.1/32 dev other",
+        ],
+        (1500, {"198.51.100.0/24"}),
+    ),
+}
+
+
+@pytest.mark.parametrize(("more", "found"), ON_LO.values(), ids=ON_LO.keys())
+def test_a_node_address_on_lo(more: list[str], found: tuple[int, set[str]]) -> None:
+    async def story() -> None:
+        async with node("link set lo up", "addr add 198.51.100.1/32 dev lo", *more) as it:
+            underlay = await it.thread.run(find_underlay, it.thread, (ipaddress.ip_address("198.51.100.1"),))
+            assert (underlay.mtu, {str(each) for each in underlay.on_link}) == found
+            if underlay.mtu:
+                bridge = bridge_plan(ipaddress.ip_network("10.244.1.0/24"), underlay.mtu)
+                assert await it.thread.run(Devices(it.thread).ensure_bridge, bridge)
+
+    play(story)
+
+
+def test_no_mtu_is_larger_than_a_packet() -> None:
+    async def story() -> None:
+        async with node("link set under0 mtu 65535", "link set lo up", "addr add 198.51.100.1/32 dev lo") as it:
+            both = (ipaddress.ip_address("198.51.100.1"), ipaddress.ip_address("192.0.2.1"))
+            assert (await it.thread.run(find_underlay, it.thread, both)).mtu == 65535
+
+    play(story)
+
+
+STANDING = {  # what is done before → whether the address is held, of a node that searches and of one that was told
+    "there": ([], (True, True)),
+    "gone": (["addr del 2001:db8::1/64 dev under0"], (False, False)),
+    "deprecated": (["addr change 2001:db8::1/64 dev under0 preferred_lft 0"], (False, True)),
+    "not yet unique": (
+        ["addr del 2001:db8::1/64 dev under0", "link set under1 down", "addr add 2001:db8::1/64 dev under0"],
+        (True, True),
+    ),
+}
+
+
+@pytest.mark.parametrize(("more", "held"), STANDING.values(), ids=STANDING.keys())
+def test_how_it_stands_with_an_address(more: list[str], held: tuple[bool, bool]) -> None:
+    async def story() -> None:
+        async with node(*more) as it:
+            for searches, is_held in zip((True, False), held, strict=True):
+                found = await it.thread.run(look_at_addresses, it.thread, searches)
+                assert (ipaddress.ip_address("2001:db8::1") in found.held) == is_held
 
     play(story)
 
