@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipam_daemon.model import BackendType, Block, NodeRecord
+from ipam_daemon.model import BackendType, Block, Network, NodeRecord
 from ipam_daemon.peer_table import PeerTable, Touched
 from ipam_daemon.plan import is_complete, plan_peers, plan_record
 
 OWN = "node-0"
+ON_LINK = {ipaddress.ip_network("192.0.2.0/30"): "eth0"}
 
 
 def record(name: str, number: int, *cidrs: str, address: int = 0, **changes: Any) -> NodeRecord:
@@ -32,12 +33,18 @@ def known(*records: NodeRecord) -> dict[str, NodeRecord]:
     return {each.name: each for each in records}
 
 
-def whole(records: dict[str, NodeRecord], **circumstances: Any) -> tuple[Any, ...]:
-    """What planning all of them at once says."""
-    others = [records[name] for name in sorted(records) if name != OWN and is_complete(records[name])]
+def whole(records: dict[str, NodeRecord], own: NodeRecord | None = None, **circumstances: Any) -> tuple[Any, ...]:
+    """What planning all of them at once says, without what is `own`."""
+    addresses, blocks = (own.addresses, own.blocks) if own else ((), ())
+    elsewhere = {
+        name: msgspec.structs.replace(each, addresses=tuple(a for a in each.addresses if a not in addresses))
+        for name, each in records.items()
+    }
+    others = [elsewhere[name] for name in sorted(elsewhere) if name != OWN and is_complete(elsewhere[name])]
     plan = plan_peers(others, **circumstances)
     vteps = {address for each in others for address in each.addresses}
-    return dict(plan.neighbours), dict(plan.fdb), dict(plan.routes), vteps
+    routes = {cidr: way for cidr, way in plan.routes.items() if cidr not in blocks}
+    return dict(plan.neighbours), dict(plan.fdb), routes, vteps
 
 
 def kept(table: PeerTable) -> tuple[Any, ...]:
@@ -95,24 +102,46 @@ def test_what_was_handed_out_does_not_change() -> None:
     assert vteps == set(A.addresses)
 
 
+def test_a_record_at_this_nodes_own_address_leads_nowhere() -> None:
+    table = PeerTable(OWN, partial(plan_peers, backend=BackendType.AUTO, on_link=ON_LINK), A.addresses)
+    table.update(known(record("former", 2, address=1), B))
+    assert kept(table) == whole(known(B), backend=BackendType.AUTO, on_link=ON_LINK)
+    half = msgspec.structs.replace(B, addresses=(A.addresses[0], B.addresses[1]))
+    table.update(known(half))
+    assert table.vteps == {B.addresses[1]}, "at the other it may be reached"
+
+
+def test_a_block_is_this_nodes_for_as_long_as_it_is() -> None:
+    table = PeerTable(OWN, plan_peers)
+    table.update(known(A, B), A.blocks[:1])
+    assert set(table.peers.routes) == {*A.blocks[1:], *B.blocks}
+    table.settle()
+    table.update(known(A, B), A.blocks)
+    assert set(table.peers.routes) == set(B.blocks)
+    assert table.touched.routes == set(A.blocks[1:])
+    table.settle()
+    table.update(known(A, B))
+    assert set(table.peers.routes) == {*A.blocks, *B.blocks}
+    assert table.touched.routes == set(A.blocks)
+
+
 NAMES, NUMBERS = st.sampled_from(["a", "b", "c", "d", OWN]), st.integers(1, 3)
 RECORDS = st.builds(lambda name, number, address: record(name, number, address=address), NAMES, NUMBERS, NUMBERS)
 CROWDS = st.lists(st.lists(RECORDS, max_size=5).map(lambda records: known(*records)), min_size=1, max_size=6)
-ON_LINK = {ipaddress.ip_network("192.0.2.0/30"): "eth0"}
 CIRCUMSTANCES = st.sampled_from(
     [{}, *({"backend": backend, "on_link": ON_LINK, "underlay_family": 6} for backend in BackendType)]
 )
 
 
-@given(CROWDS, CIRCUMSTANCES)
+@given(CROWDS, CIRCUMSTANCES, st.lists(st.sampled_from([(), A.blocks, B.blocks]), min_size=6, max_size=6))
 def test_however_it_came_there_it_is_what_planning_all_at_once_says(
-    crowds: list[dict[str, NodeRecord]], circumstances: dict[str, Any]
+    crowds: list[dict[str, NodeRecord]], circumstances: dict[str, Any], blocks: list[tuple[Network, ...]]
 ) -> None:
-    table = PeerTable(OWN, partial(plan_peers, **circumstances))
-    for records in crowds:
+    table = PeerTable(OWN, partial(plan_peers, **circumstances), A.addresses)
+    for records, mine in zip(crowds, blocks, strict=False):
         before = kept(table)
-        table.update(records)
-        assert kept(table) == whole(records, **circumstances)
+        table.update(records, mine)
+        assert kept(table) == whole(records, msgspec.structs.replace(A, blocks=mine), **circumstances)
         for told, old, new in zip(msgspec.structs.astuple(table.touched), before, kept(table), strict=False):
             assert {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)} <= told
         table.settle()
