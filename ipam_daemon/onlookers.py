@@ -23,6 +23,7 @@ from ipam_daemon.netlink import NetlinkThread
 from ipam_daemon.rtnl import Channel, Message
 from podwire.bpf.tcx import Way, programs
 from podwire.nfelements import Family
+from podwire.nfnetlink import Interfaces
 from podwire.nlattr import attributes
 
 _NETLINK_XFRM, _GET_POLICIES, _POLICIES = 6, 0x25, 1
@@ -42,7 +43,7 @@ class Onlookers:
             found = tc_program.read_qdisc(answer)
             self._kinds.setdefault(found.ifindex, set()).add(found.kind)
         netdev = thread.nftables.devices(Family.NETDEV)
-        self._inet: frozenset[str] = before._inet if before else thread.nftables.devices(Family.INET)
+        self._inet: Interfaces = before._inet if before else thread.nftables.devices(Family.INET)
         self._chains = {Family.NETDEV: netdev, Family.INET: self._inet}
 
     def is_there(self, ifindex: int) -> bool:

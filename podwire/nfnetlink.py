@@ -52,6 +52,7 @@ _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS, _LIST_ELEM = 1, 2, 3, 1
 _ELEM_KEY, _ELEM_DATA = 1, 2
 _DATA_VALUE, _DATA_VERDICT, _VERDICT_CODE, _VERDICT_CHAIN = 1, 2, 1, 2
 _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_TYPE, _HOOK_DEV, _HOOK_DEVS = 1, 3, 4, 5, 7, 3, 4
+_DEVICE_PREFIX = 2
 _FILTERS = attribute(_CHAIN_TYPE, b"filter\0")  # a chain at an interface's own hook has this type
 _RULE_TABLE, _RULE_CHAIN, _RULE_USERDATA, _UDATA_COMMENT = 1, 2, 7, 0
 _OBJ_TABLE, _OBJ_NAME, _OBJ_TYPE, _OBJ_DATA, _OBJ_COUNTER, _COUNTER_PACKETS = 1, 2, 3, 4, 1, 2
@@ -80,6 +81,16 @@ class ElementRefused(OSError):
     def __init__(self, number: int, change: Change | None) -> None:
         super().__init__(number, os.strerror(number), str(change or "nft transaction"))
         self.change = change
+
+
+class Interfaces(msgspec.Struct, frozen=True):
+    """Interfaces by name, and all those whose names begin so (`"pw*"`, Linux 6.16)."""
+
+    names: frozenset[str] = frozenset()
+    beginnings: frozenset[str] = frozenset()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names or name.startswith(tuple(self.beginnings))
 
 
 # --- the socket -----------------------------------------------------------------------------------------------------
@@ -225,8 +236,8 @@ class Nftables:
                 found[_string(fields[_CHAIN_NAME])] = None if policy is None else any(policy)
         return found
 
-    def devices(self, family: Family) -> frozenset[str]:
-        """The names of the interfaces that have chains of a family (netdev, inet) at hooks of their own.
+    def devices(self, family: Family) -> Interfaces:
+        """The interfaces that have chains of a family (netdev, inet) at hooks of their own.
 
         Where something changes all the time, that is what several looks have seen together: it never fails for that.
         5,000 other chains of the family take it 3 ms.
@@ -238,11 +249,7 @@ class Nftables:
                 seen = bodies
                 break
             seen += bodies
-        found = set[str]()
-        for body in seen:
-            if _FILTERS in body:
-                found |= _devices(dict(attributes(_nested_one(body, _CHAIN_HOOK))))
-        return frozenset(found)
+        return read_interfaces(seen)
 
     def counters(self, table: Table) -> dict[str, int]:
         """Packets that each named counter of a table has counted; empty when there is no table."""
@@ -348,10 +355,19 @@ def _nested_one(payload: bytes, wanted: int) -> bytes:
     return next((found for kind, found in attributes(payload) if kind == wanted), b"")
 
 
-def _devices(hook: Mapping[int, bytes]) -> set[str]:
-    """The names of a hook's interfaces; none for a hook of all packets."""
-    several = (name for _, name in attributes(hook.get(_HOOK_DEVS, b"")))
-    return {os.fsdecode(name.rstrip(b"\0")) for name in (hook.get(_HOOK_DEV), *several) if name}
+def read_interfaces(chains: Iterable[bytes]) -> Interfaces:
+    """Those at whose hooks chains are, of the attributes of each. A beginning is an attribute of its own, or, in Linux
+    6.16, a name without an end."""
+    names, beginnings = set[str](), set[str]()
+    for chain in chains:
+        if _FILTERS not in chain:
+            continue
+        hook = dict(attributes(_nested_one(chain, _CHAIN_HOOK)))
+        one = ((_HOOK_DEV, hook[_HOOK_DEV]),) if _HOOK_DEV in hook else ()
+        for kind, name in (*one, *attributes(hook.get(_HOOK_DEVS, b""))):
+            begins = (kind == _DEVICE_PREFIX) or not name.endswith(b"\0")
+            (beginnings if begins else names).add(os.fsdecode(name.rstrip(b"\0")))
+    return Interfaces(frozenset(names), frozenset(beginnings))
 
 
 def _read_data(payload: bytes | None) -> bytes | Verdict | None:

@@ -18,7 +18,7 @@ import pytest
 
 from ipam_daemon.errors import PlumbingFailed
 from podwire.nfelements import ACCEPT, DROP, Change, Family, Table, Verdict, add, concat, delete, goto, ifname, jump
-from podwire.nfnetlink import ElementRefused, Nftables
+from podwire.nfnetlink import ElementRefused, Interfaces, Nftables
 from tests.netns.node_fixtures import Node, play
 
 T = TypeVar("T")
@@ -264,8 +264,8 @@ def test_interfaces_with_chains_are_found_while_something_changes_all_the_time()
             try:
                 with pytest.raises(PlumbingFailed, match="Interrupted"):
                     await it.ask(lambda _: busy.chains(INET))
-                assert await it.ask(lambda _: busy.devices(Family.INET)) == {"lo"}
-                assert await it.ask(lambda _: busy.devices(Family.NETDEV)) == set()
+                assert await it.ask(lambda _: busy.devices(Family.INET)) == Interfaces(frozenset({"lo"}))
+                assert await it.ask(lambda _: busy.devices(Family.NETDEV)) == Interfaces()
             finally:
                 busy.close()
                 changing.close()

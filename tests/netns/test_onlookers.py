@@ -5,14 +5,19 @@ Each case is a link of its own, in one namespace: what is said of one must not b
 
 from __future__ import annotations
 
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 import pytest
 
+from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.netlink import index_of
 from ipam_daemon.onlookers import Onlookers, has_ipsec
+from podwire.nfelements import Family, Table
+from podwire.nfnetlink import Step
+from podwire.nlattr import attribute, nested
 from tests.netns.node_fixtures import Node, play
 
 LIMIT = "tbf rate 10mbit burst 32k latency 50ms"
@@ -128,6 +133,33 @@ def test_nft_chains_are_seen_at_each_of_their_devices(family: str, hook: str) ->
             assert await node.thread.run(watched) == ["link2", "link3"]
             node.run("nft", f"delete table {family} several")
             assert await node.thread.run(watched) == []
+
+    play(story)
+
+
+def at_all(beginning: str) -> tuple[Step, ...]:
+    """A table of a chain at all interfaces whose names begin so, which nft writes as "…*"."""
+    number = struct.Struct("!I")
+    devices = nested(4, attribute(2, beginning.encode() + b"\0"))
+    hook = attribute(1, number.pack(0)) + attribute(2, number.pack(0)) + devices
+    chain = attribute(1, b"wild\0") + attribute(3, b"look\0") + nested(4, hook) + attribute(7, b"filter\0")
+    return Step(0xA00, 0x400, attribute(1, b"wild\0")), Step(0xA03, 0x400, chain)
+
+
+def test_nft_chains_are_seen_at_all_devices_whose_names_begin_as_theirs() -> None:
+    async def story() -> None:
+        async with links(12) as (node, names):
+
+            def watched() -> list[str]:
+                node.thread.nftables.carry_out(Table(Family.NETDEV, "wild"), at_all("link1"))
+                onlookers = Onlookers(node.thread)
+                return [name for name in names if onlookers.of(index_of(name), name, sends=True)]
+
+            try:
+                found = await node.thread.run(watched)
+            except PlumbingFailed as error:
+                pytest.skip(f"needs nft chains at wildcards (Linux 6.18): {error}")
+            assert found == ["link1", "link10", "link11"]
 
     play(story)
 
