@@ -6,7 +6,8 @@
 
 In both directions nobody has an address that the node does not hold, and no two nodes ever hold one block. An ADD that
 finds nothing free waits for a claim that is possible, briefly: with etcd away it gets "try again later" soon; when the
-pool has no block left, or the node may not have more, it gets the error that says so. What a kernel that refuses, or an
+pool has no block left, or the node may not have more, it gets the error that says so. A pool that has none left keeps
+no other from being claimed from, and no ADD from what it lacks of the other family. What a kernel that refuses, or an
 nft that does not answer, keeps from being finished is finished in another round.
 """
 
@@ -16,7 +17,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from ipam_daemon import supply
@@ -99,9 +100,12 @@ class BlockKeeper:
             self._attachments.addresses.allocated.clear()
             try:
                 async with self._lock:
-                    await self._round()
-            except (TryAgain, PoolExhausted, CniError) as error:
-                await self._trouble(error)
+                    exhausted = await self._round()
+            except (TryAgain, CniError) as error:
+                await self._trouble(str(error))
+            else:
+                if exhausted:
+                    await self._trouble("; ".join(map(str, exhausted.values())))
 
     async def more(self, shortage: Exhausted) -> None:
         """Returns when it is worth another try. Raises TryAgainLater when that takes longer than an ADD may wait,
@@ -110,32 +114,52 @@ class BlockKeeper:
             raise TryAgainLater(f"{shortage}; this node has not joined the cluster yet, and so cannot claim a block")
         try:
             async with asyncio.timeout(_PATIENCE):
-                await self._claim_for_add()
-        except PoolExhausted as error:
-            raise Exhausted(f"{shortage}; {error}") from error
+                exhausted = await self._claim_for_add()
         except (TimeoutError, TryAgain, CniError) as error:
             self.obstacle = str(error) or f"no answer within {_PATIENCE:g} s"
             raise TryAgainLater(f"{shortage}; claiming another block: {self.obstacle}") from error
+        for family in sorted({pool.cidr.version for pool in self._config.pools}):
+            why = self._hopeless(family, exhausted)
+            if why:
+                raise Exhausted(f"{shortage}; {why}")
+
+    def _hopeless(self, family: int, exhausted: Mapping[Network, PoolExhausted]) -> str:
+        """Why there will be no address of a family; empty when there may be one."""
+        reasons = []
         for pool in self._config.pools:
+            if pool.cidr.version != family:
+                continue
             uses = self._uses(pool)
-            if len(uses) >= self._limit and not supply.available(uses):
-                raise Exhausted(
-                    f"{shortage}; this node may have {self._limit} blocks of a pool at the most (maxBlocks)"
-                )
+            if supply.available(uses):
+                return ""
+            if pool.cidr in exhausted:
+                reasons.append(str(exhausted[pool.cidr]))
+            elif len(uses) >= self._limit:
+                reasons.append(f"this node may have {self._limit} blocks of a pool at the most (maxBlocks)")
+            else:
+                return ""  # others have taken what was claimed
+        return "; ".join(reasons)
 
     def _uses(self, pool: Pool) -> list[BlockUse]:
         return [each for each in self._attachments.addresses.uses() if pool.has(each.block)]
 
-    async def _claim_for_add(self) -> None:
+    async def _claim_for_add(self) -> Mapping[Network, PoolExhausted]:
         async with self._lock:  # whoever waited here finds what the one before has claimed
-            await self._round()
+            return await self._round()
 
-    async def _round(self) -> None:
+    async def _round(self) -> Mapping[Network, PoolExhausted]:
+        """Claims and returns what is due, of every pool. Returns those that had no block left."""
         await self._settle()
+        exhausted: dict[Network, PoolExhausted] = {}
         for pool in self._config.pools:
-            while await self._step(pool):
-                await self._settle()
-        self.obstacle = ""
+            try:
+                while await self._step(pool):
+                    await self._settle()
+            except PoolExhausted as error:
+                exhausted[pool.cidr] = error
+        if not exhausted:
+            self.obstacle = ""
+        return exhausted
 
     async def _step(self, pool: Pool) -> bool:
         """Claims or returns one block, if that is due. True when it did."""
@@ -172,8 +196,8 @@ class BlockKeeper:
             self._to_release.pop(0)
             log.info("returned a block", extra={"fields": {"block": str(block.cidr), "pool": block.pool}})
 
-    async def _trouble(self, error: Exception) -> None:
-        if str(error) != self.obstacle:
-            log.warning("this node's supply of addresses: %s", error)
-        self.obstacle = str(error)
+    async def _trouble(self, obstacle: str) -> None:
+        if obstacle != self.obstacle:
+            log.warning("this node's supply of addresses: %s", obstacle)
+        self.obstacle = obstacle
         await asyncio.sleep(_ROUND / 5)

@@ -203,6 +203,51 @@ def keeper_of(
     )
 
 
+TWO_POOLS = (  # the first has the block that the node has, and no other: 28 pods; the second four blocks of 13
+    Pool(cidr=ipaddress.ip_network("10.244.1.0/27"), block_size=27),
+    Pool(cidr=ipaddress.ip_network("fd00:1::/122"), block_size=124),
+)
+
+
+@pytest.mark.parametrize("pools", [TWO_POOLS, TWO_POOLS[::-1]], ids=["looked at first", "looked at last"])
+def test_a_pool_without_a_free_block_keeps_the_other_family_from_nothing(
+    tmp_path: Path, pools: tuple[Pool, ...]
+) -> None:
+    """Its last addresses are handed out, too, and only then it is the one that an ADD is refused for."""
+
+    async def story() -> None:
+        async with engine(tmp_path, str(TWO_POOLS[0].cidr)) as it:
+            registry, addresses = FakeRegistry(FakeStore()), it.attachments.addresses
+
+            async def keep() -> bool:
+                return True
+
+            async def use(blocks: Sequence[Block]) -> None:
+                addresses.use_blocks(blocks)
+
+            keeper = keeper_of(it, registry, use, keep)
+            first = [await registry.claim_block(pool, "node-1", "id-1", 1) for pool in pools]
+            await use(first)
+            keeper.begin(ClusterConfig(pools=pools), first)
+            added = 0
+
+            async def fill() -> None:
+                nonlocal added
+                while True:
+                    try:
+                        addresses.allocate(())
+                        added += 1
+                    except Exhausted as shortage:
+                        await keeper.more(shortage)
+
+            with pytest.raises(Exhausted, match=r"/27: 28 used.* pool default \(10\.244\.1\.0/27\) has no free") as why:
+                await fill()
+            assert added == 28
+            assert "fd00" not in str(why.value)
+
+    play(story)
+
+
 def test_a_block_that_the_kernel_refuses_is_tried_again(tmp_path: Path) -> None:
     """An nft that gives no answer within its time, say: the daemon lives, an ADD is told to come again."""
 
