@@ -443,9 +443,9 @@ class Agent:
         blocks, plane = self._blocks, self._plane
         if not blocks:
             return
-        if (plane.is_stale or resync) and await plane.find_addresses() and self._entered.is_set():
-            with suppress(TryAgain):  # with the next record that etcd tells of it is seen that ours is another
-                await self._publish(blocks)
+        if plane.is_stale or resync:
+            await plane.find_addresses()
+            await self._publish_addresses(blocks)
         before = plane.plan
         tunnelled = self._journal.meta(_TUNNELS) != "no"
         record = self._record(blocks)
@@ -457,6 +457,13 @@ class Agent:
             self._attachments.mtu = plan.mtu
         if resync or before is None or before.mtu != plan.mtu:
             await self._attachments.resize(plan.mtu)
+
+    async def _publish_addresses(self, blocks: Sequence[Block]) -> None:
+        """Tells the peers this node's addresses when etcd has others; what is not heard is said again later."""
+        mine = (self._records or {}).get(self._settings.node)
+        if mine is not None and mine.node_id == self._node_id and mine.addresses != self.addresses:
+            with suppress(TryAgain):
+                await self._publish(blocks)
 
     def close(self) -> None:
         """Listens for nothing any more."""

@@ -32,7 +32,7 @@ from ipam_daemon.peer_table import PeerTable
 from ipam_daemon.peers import Peers
 from ipam_daemon.plan import VXLAN, FirewallPlan, NodePlan, plan_node, plan_peers, with_peers
 from ipam_daemon.settings import Settings
-from ipam_daemon.underlay import Underlay, UnderlayWatch, default_addresses, find_underlay
+from ipam_daemon.underlay import OwnAddresses, Underlay, UnderlayWatch, find_underlay, look_at_addresses
 from ipam_daemon.wires import Wires
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ class DataPlane:
         self._underlay: Underlay | None = None
         self._stale = True  # what is known of the underlay
         self._watch = UnderlayWatch(thread, self._underlay_changed)
-        self.addresses: tuple[Address, ...] = settings.node_addresses
-        """The node's own addresses on the underlay."""
+        self._own = OwnAddresses(settings.node_addresses, settings.families)
+        self._look_again: asyncio.TimerHandle | None = None
         self.plan: NodePlan | None = None
         """What the kernel was last brought to, None before the first time."""
         self.refused = ""
@@ -77,33 +77,44 @@ class DataPlane:
     # --- the underlay
 
     @property
+    def addresses(self) -> tuple[Address, ...]:
+        """The node's own addresses on the underlay, that of the VXLAN end point first."""
+        return self._own.addresses
+
+    @property
     def is_stale(self) -> bool:
         """Whether the underlay has to be looked at."""
         return self._stale
 
-    async def find_addresses(self) -> bool:
-        """Looks for the node's own addresses until there is one of each family that pods have. Whether more came.
+    async def find_addresses(self) -> None:
+        """Looks whether the node's own addresses are others by now. Raises TryAgainLater when there is none.
 
-        Raises TryAgainLater when there is none.
+        Word that comes from here on makes the underlay stale again: `bring` looks at it after this in any case.
         """
-        known = {address.version for address in self.addresses}
-        if not self.addresses or (not self._settings.node_addresses and not self._settings.families <= known):
-            found = await self._thread.run(default_addresses, self._thread)
-            more = tuple(address for address in found if address.version not in known)
-            self.addresses = tuple(sorted((*self.addresses, *more), key=lambda address: address.version))
+        self._stale, self._underlay = False, None
+        standing = await self._thread.run(look_at_addresses, self._thread, self._own.searches)
+        for word in self._own.follow(standing, asyncio.get_running_loop().time()):
+            log.warning(word)
+        self._look_at_addresses_at(self._own.due)
         if not self.addresses:
             raise TryAgainLater("nodeAddresses is empty and this node has no default route to find its address by")
-        return {address.version for address in self.addresses} != known
+
+    def _look_at_addresses_at(self, due: float | None) -> None:
+        if self._look_again is not None:
+            self._look_again.cancel()
+        loop = asyncio.get_running_loop()
+        self._look_again = None if due is None else loop.call_at(due, self._underlay_changed)
 
     async def vtep_addresses(self) -> tuple[Address, ...]:
         """The addresses of the VXLAN device as it is; none when there is none."""
         return await self._thread.run(self._devices.vtep_addresses, VXLAN)
 
     async def _look_at_underlay(self) -> Underlay:
-        self._stale = False
         found = await self._thread.run(find_underlay, self._thread, self.addresses)
         if await self._watch.follow(found.devices):  # what changed between the two was not told
             found = await self._thread.run(find_underlay, self._thread, self.addresses)
+        if not found.mtu and not self._settings.mtu:
+            raise TryAgainLater(f"{self.addresses[0]} is on lo and there is no default route: set mtu, or add one")
         self._underlay = found
         return found
 
@@ -113,6 +124,8 @@ class DataPlane:
 
     def close(self) -> None:
         """Listens for nothing any more."""
+        if self._look_again is not None:
+            self._look_again.cancel()
         self._watch.close()
 
     # --- the plan
