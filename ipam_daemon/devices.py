@@ -9,6 +9,8 @@ addresses nobody else has, or the first packets to a pod would wait seconds for 
 Nothing that a pod says makes the node's routes (accept_ra). A node that begins to forward would stop to listen to the
 routers of its own underlay, and lose the default route that it has from them: where it listened, it goes on to.
 
+Each gateway's block is a route over the bridge, which the kernel makes with the address (ipam_daemon/connected.py).
+
 Traffic between pods of one node must cross the node's firewall: the bridge's own `nf_call_iptables` and
 `nf_call_ip6tables` say so for this bridge alone, whatever the global sysctls are.
 
@@ -17,15 +19,17 @@ Every function here runs on the netlink thread.
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+from ipam_daemon.connected import add_connected_route, connected_routes
 from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.model import Address
-from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, write_sysctl
+from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, tolerating, write_sysctl
 from ipam_daemon.plan import BridgePlan, VxlanPlan
 from ipam_daemon.rtnl import add_address
 from ipam_daemon.tc_program import add_clsact
@@ -75,7 +79,8 @@ class Devices:
             done.append(f"set group_fwd_mask of {plan.name}")
         for path, value in wanted_sysctls(plan).items():
             write_sysctl(path, value)
-        return done + self._ensure_common(index, link, plan)
+        done += self._ensure_common(index, link, plan)
+        return done + self._ensure_routes(index, plan)
 
     def ensure_vxlan(self, plan: VxlanPlan) -> list[str]:
         """Brings the VXLAN device to its plan. Returns what had to be done, in words."""
@@ -170,6 +175,17 @@ class Devices:
                         "del", index=index, address=str(interface.ip), prefixlen=interface.network.prefixlen
                     )
                 done.append(f"removed {interface} from {plan.name}")
+        return done
+
+    def _ensure_routes(self, index: int, plan: BridgePlan) -> list[str]:
+        with naming(f"routes of {plan.name}"):
+            there = connected_routes(index, {interface.version for interface in plan.addresses})
+        done = []
+        for interface in plan.addresses:
+            if interface.network not in there:
+                with naming(f"route to {interface.network} on {plan.name}"), tolerating(errno.EEXIST):
+                    self._thread.channel.exchange([add_connected_route(index, interface)])
+                done.append(f"put back the route to {interface.network} on {plan.name}")
         return done
 
     def _link(self, index: int) -> Any:

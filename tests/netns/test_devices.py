@@ -116,6 +116,81 @@ def test_a_bridge_that_somebody_changed_is_mended(commands: list[str], done: lis
     play(story)
 
 
+BOTH = msgspec.structs.replace(
+    BRIDGE, addresses=(*BRIDGE.addresses, ipaddress.ip_interface("fd00:10:244:1::1/64")), pools=POOLS
+)
+SIX_ROUTE = "fd00:10:244:1::/64 dev pw0 proto kernel metric 256 pref medium"
+FOUR_ROUTE = "10.244.1.0/24 dev pw0 proto kernel scope link src 10.244.1.1"
+ROUTES = {  # what somebody does → what is put back, and what there is beside the two of ours afterwards
+    "the one of IPv4 deleted": (["route del 10.244.1.0/24 dev pw0"], "4", set()),
+    "the one of IPv6 deleted": (["route del fd00:10:244:1::/64 dev pw0"], "6", set()),
+    "both deleted": (["-4 route flush dev pw0 proto kernel", "-6 route del fd00:10:244:1::/64 dev pw0"], "46", set()),
+    "another in the place of IPv4's": (
+        ["route replace 10.244.1.0/24 via 192.0.2.9"],
+        "4",
+        {"10.244.1.0/24 via 192.0.2.9 dev under0"},
+    ),
+    "another in the place of IPv6's": (
+        ["route replace fd00:10:244:1::/64 via 2001:db8::9 metric 256"],
+        "6",
+        set(),
+    ),
+    "one by hand over the same bridge": (
+        ["route replace 10.244.1.0/24 dev pw0"],
+        "4",
+        {"10.244.1.0/24 dev pw0 scope link"},
+    ),
+    "others of another metric": (
+        ["route add 10.244.1.0/24 via 192.0.2.9 metric 7", "route add fd00:10:244:1::/64 via 2001:db8::9 metric 1024"],
+        "",
+        {
+            "10.244.1.0/24 via 192.0.2.9 dev under0 metric 7",
+            "fd00:10:244:1::/64 via 2001:db8::9 dev under0 metric 1024 pref medium",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("commands", "back", "others"), ROUTES.values(), ids=ROUTES.keys())
+def test_the_routes_to_the_nodes_own_pods_are_put_back(commands: list[str], back: str, others: set[str]) -> None:
+    def routes(node: Node) -> set[str]:
+        lines = [line for family in ("-4", "-6") for line in node.ip(family, "route").splitlines()]
+        return {
+            " ".join(line.replace("linkdown", "").split()) for line in lines if "10:244:1::" in line or ".244." in line
+        }
+
+    done = {
+        "4": "put back the route to 10.244.1.0/24 on pw0",
+        "6": "put back the route to fd00:10:244:1::/64 on pw0",
+    }
+
+    async def story() -> None:
+        async with Node() as node:
+            for words in (
+                "link add under0 type veth peer name under1",
+                "link set under0 up",
+                "link set under1 up",
+                "addr add 192.0.2.1/24 dev under0",
+                "addr add 2001:db8::1/64 dev under0 nodad",
+            ):
+                node.ip(*words.split())
+            assert not any("route" in each for each in await bridge(node, BOTH)), "the kernel makes them by itself"
+            assert routes(node) == {FOUR_ROUTE, SIX_ROUTE}
+            for words in commands:
+                node.ip(*words.split())
+            assert await bridge(node, BOTH) == [done[each] for each in back]
+            assert routes(node) == {FOUR_ROUTE, SIX_ROUTE} | others
+            for address in ("10.244.1.7", "fd00:10:244:1::7"):
+                assert node.json("route", "get", address)[0]["dev"] == "pw0"
+            assert await bridge(node, BOTH) == []
+            node.ip("addr", "add", "198.51.100.1/24", "dev", "pw0")  # with its last address the bridge loses all routes
+            for interface in BOTH.addresses:
+                node.ip("addr", "del", str(interface), "dev", "pw0")
+            assert routes(node) == others, "they go with their addresses, as the kernel's own"
+
+    play(story)
+
+
 def test_a_vxlan_device_as_planned() -> None:
     async def story() -> None:
         async with Node() as node:
