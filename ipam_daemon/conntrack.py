@@ -15,6 +15,7 @@ table takes.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import socket
 import struct
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -31,65 +32,76 @@ _SECONDS = 5.0
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """A connection as far as it is looked at: who sent it where, and the attributes that its deletion repeats."""
+    """A connection as far as it is looked at: who sent it where, who it leads to (the same, if nothing was
+    translated), and the attributes that its deletion repeats."""
 
     family: int
     source: Address
     destination: Address
+    port: int
+    leads_to: tuple[Address, int]
     name: bytes
 
 
-def forget_udp(port: int, mine: Callable[[], Container[Address]]) -> int:
-    """Deletes the entries of UDP that was sent to `port` of one of the addresses `mine`, in this thread's namespace.
-    Asks for the addresses only when there is an entry at all. Returns how many were deleted. Raises OSError."""
-
-    def choose(entries: Sequence[Entry]) -> Iterable[Entry]:
-        addresses = mine()
-        return [entry for entry in entries if entry.destination in addresses]
-
-    return _forget(port, choose)
+Choice = Callable[[Sequence[Entry]], Iterable[Entry]]
+"""Which of the entries are to go."""
 
 
-def forget_udp_of(sources: Collection[Network], port: int, destinations: Container[Address]) -> int:
-    """Deletes the entries of UDP that addresses of `sources` sent to `port` of `destinations`; as `forget_udp`."""
-
-    def choose(entries: Sequence[Entry]) -> Iterable[Entry]:
-        there = [entry for entry in entries if entry.destination in destinations]
-        return [entry for entry in there if any(entry.source in each for each in sources)]
-
-    return _forget(port, choose)
-
-
-def _forget(port: int, choose: Callable[[Sequence[Entry]], Iterable[Entry]]) -> int:
+def forget(protocol: int, ports: Collection[int], choose: Choice) -> int:
+    """Deletes those that `choose` names of the entries that were sent to one of `ports`, in this thread's namespace.
+    Asks only when there is an entry at all. Returns how many were deleted. Raises OSError."""
     with conntrack.channel(_SECONDS) as channel:
-        entries = [each for family in conntrack.DESTINATION for each in _dump(channel, family, port)]
+        asked = itertools.product(conntrack.DESTINATION, ports)
+        entries = [each for family, port in asked for each in _dump(channel, family, protocol, port)]
         doomed = list(choose(entries)) if entries else []
         for entry in doomed:
             conntrack.delete(channel, entry.family, entry.name)
     return len(doomed)
 
 
-def _dump(channel: socket.socket, family: int, port: int) -> Iterator[Entry]:
-    protocol = attribute(conntrack.PROTOCOL_NUMBER, bytes([socket.IPPROTO_UDP]))
-    protocol += attribute(conntrack.DESTINATION_PORT, port.to_bytes(2, "big"))
+def forget_udp_of(sources: Collection[Network], port: int, destinations: Container[Address]) -> int:
+    """Deletes the entries of UDP that addresses of `sources` sent to `port` of `destinations`; as `forget`."""
+
+    def choose(entries: Sequence[Entry]) -> Iterable[Entry]:
+        there = [entry for entry in entries if entry.destination in destinations]
+        return [entry for entry in there if any(entry.source in each for each in sources)]
+
+    return forget(socket.IPPROTO_UDP, [port], choose)
+
+
+def _dump(channel: socket.socket, family: int, protocol: int, port: int) -> Iterator[Entry]:
+    wanted = attribute(conntrack.PROTOCOL_NUMBER, bytes([protocol]))
+    wanted += attribute(conntrack.DESTINATION_PORT, port.to_bytes(2, "big"))
     flags = attribute(_FILTER_ORIGINAL, struct.pack("=I", _BY_NUMBER_AND_PORT))
     flags += attribute(_FILTER_REPLY, struct.pack("=I", 0))
-    filters = nested(conntrack.ORIGINAL, nested(conntrack.PROTOCOL, protocol)) + nested(conntrack.FILTER, flags)
+    filters = nested(conntrack.ORIGINAL, nested(conntrack.PROTOCOL, wanted)) + nested(conntrack.FILTER, flags)
     for found in conntrack.dump(channel, family, filters):
-        yield from _read(family, found, port)
+        yield from _read(family, found, protocol, port)
 
 
-def _read(family: int, found: Mapping[int, bytes], port: int) -> Iterator[Entry]:
-    """The entry, if it is of UDP and of this port: a kernel before 5.8 filters nothing."""
-    original = dict(attributes(found.get(conntrack.ORIGINAL, b"")))
-    protocol = dict(attributes(original.get(conntrack.PROTOCOL, b"")))
-    addresses = dict(attributes(original.get(conntrack.IP, b"")))
-    source, destination = addresses.get(conntrack.SOURCE[family]), addresses.get(conntrack.DESTINATION[family])
+def _read(family: int, found: Mapping[int, bytes], protocol: int, port: int) -> Iterator[Entry]:
+    """The entry, if it is of this protocol and port: a kernel before 5.8 filters nothing."""
+    original, reply = found.get(conntrack.ORIGINAL, b""), found.get(conntrack.REPLY, b"")
+    fields = _fields(original, conntrack.PROTOCOL)
     if (
-        source is not None
-        and destination is not None
-        and protocol.get(conntrack.PROTOCOL_NUMBER) == bytes([socket.IPPROTO_UDP])
-        and protocol.get(conntrack.DESTINATION_PORT) == port.to_bytes(2, "big")
+        fields.get(conntrack.PROTOCOL_NUMBER) != bytes([protocol])
+        or fields.get(conntrack.DESTINATION_PORT) != port.to_bytes(2, "big")
+        or not reply
     ):
-        name = conntrack.name_of(found)
-        yield Entry(family, ipaddress.ip_address(source), ipaddress.ip_address(destination), name)
+        return
+    sent, answered = _fields(original, conntrack.IP), _fields(reply, conntrack.IP)
+    yield Entry(
+        family=family,
+        source=ipaddress.ip_address(sent[conntrack.SOURCE[family]]),
+        destination=ipaddress.ip_address(sent[conntrack.DESTINATION[family]]),
+        port=port,
+        leads_to=(
+            ipaddress.ip_address(answered[conntrack.SOURCE[family]]),
+            int.from_bytes(_fields(reply, conntrack.PROTOCOL)[conntrack.SOURCE_PORT], "big"),
+        ),
+        name=conntrack.name_of(found),
+    )
+
+
+def _fields(of_tuple: bytes, kind: int) -> dict[int, bytes]:
+    return dict(attributes(dict(attributes(of_tuple)).get(kind, b"")))

@@ -4,6 +4,7 @@ ipam_daemon/hostport_rules.py's, its elements ipam_daemon/hostports.py's.
     ADD   open()   ─▶ one transaction of packed messages, 0.1 ms ─▶ connections of UDP to these ports are forgotten
     DEL   close()  ─▶ the same; no packet is sent to the pod by its mappings when it returns
     start, and each round of reconciling: ensure() ─▶ what the journal says and the kernel lacks is added, the rest goes
+                                          and connections of UDP that it misled meanwhile are forgotten
 
 The table is made when the first mapping is, by text, in an `nft` process of 5 ms; a node that never has one never has
 the table nor the setting `route_localnet`. A table that somebody deleted or changed is mended by the next ADD or round.
@@ -18,14 +19,28 @@ import asyncio
 import errno
 import ipaddress
 import logging
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from functools import partial
 
-from ipam_daemon.conntrack import forget_udp
+from ipam_daemon.conntrack import Entry, forget
 from ipam_daemon.errors import PortTaken
 from ipam_daemon.firewall import run_nft
 from ipam_daemon.hostport_rules import NAME, ROUTE_LOCALNET, is_whole, render
-from ipam_daemon.hostports import MAPS, PAIRS, Element, TableState, describe, elements, overlap, shadows, target
+from ipam_daemon.hostports import (
+    MAPS,
+    PAIRS,
+    PROTOCOLS,
+    Element,
+    TableState,
+    describe,
+    elements,
+    leads_to,
+    overlap,
+    places,
+    sent_to,
+    shadows,
+    target,
+)
 from ipam_daemon.journal import Journal
 from ipam_daemon.model import Address, Attachment, AttachmentKey, PortMapping
 from ipam_daemon.netlink import NetlinkThread, read_sysctl, write_sysctl
@@ -34,6 +49,7 @@ from podwire.nfelements import Change, Family, Table, add, delete
 from podwire.nfnetlink import ElementRefused, Nftables
 
 _TABLE = Table(Family.INET, NAME)
+_REMEMBERED = (PROTOCOLS["udp"],)
 _TO_BE_MENDED = (errno.ENOENT, errno.EBUSY, errno.EEXIST)  # no table, or the port leads elsewhere
 
 log = logging.getLogger(__name__)
@@ -91,16 +107,18 @@ class HostPorts:
 
     async def open(self, attachment: Attachment) -> None:
         """Leads the attachment's ports to it. Raises PlumbingFailed."""
+        wanted = elements(attachment)
         async with self._lock:
-            if not await self._thread.run(self._commit, [_add(each) for each in elements(attachment)]):
+            if not await self._thread.run(self._commit, [_add(each) for each in wanted]):
                 await self._ensure()
-            await self._thread.run(self._forget_connections, attachment.port_mappings)
+            await self._thread.run(self._forget_connections, wanted)
 
     async def close(self, attachment: Attachment) -> None:
         """Nothing is led to the attachment any more when this returns. Raises PlumbingFailed."""
+        doomed = elements(attachment)
         async with self._lock:
-            await self._thread.run(self._commit, [_delete(each) for each in elements(attachment)])
-            await self._thread.run(self._forget_connections, attachment.port_mappings)
+            await self._thread.run(self._commit, [_delete(each) for each in doomed])
+            await self._thread.run(self._forget_connections, doomed)
 
     async def ensure(self, undecided: Container[Address] = ()) -> int:
         """Brings the table to what is wanted. Returns how much had to be done. Raises PlumbingFailed.
@@ -125,14 +143,17 @@ class HostPorts:
         done = 0
         state = await self._thread.run(self._read)
         wanted = frozenset(each for attachment in self._wanted() for each in elements(attachment))
+        lacking, surplus = wanted - state.elements, {e for e in state.elements - wanted if target(e) not in undecided}
+        changed = lacking | surplus
         if wanted and not state.whole:
             await run_nft(*self._nft, "-f", "-", stdin=render())
             done += 1
+            changed |= wanted  # what was sent while there were no rules went by none of them
         if wanted:
             done += await self._thread.run(_set_route_localnet)
-        changes = [_delete(each) for each in state.elements - wanted if target(each) not in undecided]
-        changes += [_add(each) for each in wanted - state.elements]
+        changes = [*map(_delete, surplus), *map(_add, lacking)]
         await self._thread.run(self._commit_or_raise, changes)
+        await self._thread.run(self._forget_connections, changed, wanted)
         return done + len(changes)
 
     def _read(self) -> TableState:
@@ -151,17 +172,31 @@ class HostPorts:
     def _commit_or_raise(self, changes: Sequence[Change]) -> None:
         self._thread.nftables.commit(changes)
 
-    def _forget_connections(self, mappings: Iterable[PortMapping]) -> None:
-        for mapping in mappings:
-            if mapping.protocol == "udp":
-                forget_udp(mapping.host_port, partial(self._addresses, mapping.host_ip))
+    def _forget_connections(self, changed: Collection[Element], wanted: Collection[Element] = ()) -> None:
+        """Those to the ports of `changed`, but for those that lead where `wanted` says."""
+        for protocol in _REMEMBERED:
+            ports = {sent_to(each)[1] for each in changed if each.name in MAPS and sent_to(each)[0] == protocol}
+            if ports:
+                forget(protocol, ports, partial(self._misled, protocol, changed, wanted))
 
-    def _addresses(self, host_ip: Address | None) -> frozenset[Address]:
-        """The addresses of the node that a mapping with this one is about."""
-        if host_ip is not None and not host_ip.is_unspecified:
-            return frozenset({host_ip})
-        mine = (ipaddress.ip_address(each.get("local") or each.get("address")) for each in self._thread.host.get_addr())
-        return frozenset(each for each in mine if host_ip is None or each.version == host_ip.version)
+    def _misled(
+        self, protocol: int, changed: Iterable[Element], wanted: Iterable[Element], entries: Iterable[Entry]
+    ) -> list[Entry]:
+        found = {(each.name, each.key) for each in changed}
+        right = {(each.name, each.key): each.data for each in wanted}
+        mine = self._addresses()
+        misled = []
+        for entry in entries:
+            specific, everywhere = places(protocol, entry.destination, entry.port)
+            is_concerned = specific in found or (everywhere in found and entry.destination in mine)
+            if is_concerned and leads_to(*entry.leads_to) != right.get(specific, right.get(everywhere)):
+                misled.append(entry)
+        return misled
+
+    def _addresses(self) -> frozenset[Address]:
+        """Those of the node, in its own namespace."""
+        host = self._thread.host
+        return frozenset(ipaddress.ip_address(each.get("local") or each.get("address")) for each in host.get_addr())
 
 
 def _set_route_localnet() -> int:

@@ -24,6 +24,8 @@ PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
 MAPS = ("specific4", "specific6", "any4", "any6")
 PAIRS = ("hairpin4", "hairpin6")
 _WHERE = "runtimeConfig.portMappings"
+Place = tuple[str, bytes]
+"""A map and a key of it."""
 LOCALHOST = ipaddress.ip_address("127.0.0.1")
 
 
@@ -182,11 +184,26 @@ def elements(attachment: Attachment) -> frozenset[Element]:
 
 
 def _element(mapping: PortMapping, pod: Address) -> Element:
-    key = _padded(bytes([PROTOCOLS[mapping.protocol]])) + _padded(mapping.host_port.to_bytes(2, "big"))
-    data = pod.packed + _padded(mapping.container_port.to_bytes(2, "big"))
-    if mapping.host_ip is None or mapping.host_ip.is_unspecified:
-        return Element(f"any{pod.version}", key, data)
-    return Element(f"specific{pod.version}", mapping.host_ip.packed + key, data)
+    host_ip = mapping.host_ip or _unspecified(pod.version)
+    specific, everywhere = places(PROTOCOLS[mapping.protocol], host_ip, mapping.host_port)
+    return Element(*(everywhere if host_ip.is_unspecified else specific), leads_to(pod, mapping.container_port))
+
+
+def places(protocol: int, destination: Address, port: int) -> tuple[Place, Place]:
+    """Where the rules look for what is sent to a port of an address: among those of one address, then of all."""
+    key = _padded(bytes([protocol])) + _padded(port.to_bytes(2, "big"))
+    version = destination.version
+    return (f"specific{version}", destination.packed + key), (f"any{version}", key)
+
+
+def leads_to(pod: Address, port: int) -> bytes:
+    """The data of an element that leads to a port of a pod."""
+    return pod.packed + _padded(port.to_bytes(2, "big"))
+
+
+def sent_to(element: Element) -> tuple[int, int]:
+    """The number of the protocol and the node's port that an element of a map is about."""
+    return element.key[-8], int.from_bytes(element.key[-4:-2], "big")
 
 
 def target(element: Element) -> Address:

@@ -1,0 +1,68 @@
+"""Connections that conntrack remembers, and the ports of the node that they were sent to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.netns.hostport_fixtures import NODE, OUTSIDE, add_call, dual_stack, mapping, running, serving
+from tests.netns.node_fixtures import play, pods
+from tests.netns.test_hostports import UDP_CLIENT, ids
+
+STATEFUL = """
+table inet somebody {
+    chain first {
+        type filter hook prerouting priority 0
+        ct state established accept
+    }
+}
+"""
+DAMAGE = {
+    "the whole ruleset flushed": f"flush ruleset\n{STATEFUL}",
+    "the table deleted": "delete table inet podwire_hostports",
+    "a map flushed": "flush map inet podwire_hostports any4",
+    "a chain flushed": "flush chain inet podwire_hostports prerouting",
+    "a port that leads elsewhere": (
+        "delete element inet podwire_hostports any4 { udp . 8080 }\n"
+        "add element inet podwire_hostports any4 { udp . 8080 : 10.244.1.1 . 81 }"
+    ),
+}
+
+
+@pytest.mark.parametrize("script", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_udp_client_that_sent_before_the_repair_meets_the_pod_after_it(tmp_path: Path, script: str) -> None:
+    """What was decided for its first packet would hold for as long as it sends."""
+
+    async def story() -> None:
+        async with dual_stack(tmp_path) as (it, outside):
+            with pods(1) as (web,), serving(web, "web", 80), running(outside, UDP_CLIENT, NODE[4]) as client:
+                it.node.run("nft", "-f", "-", stdin=STATEFUL)  # so that conntrack is on, whoever flushes what is ours
+                await it.attachments.add(add_call("web", web, mapping(8080, protocol="udp")))
+                it.node.run("nft", "-f", "-", stdin=script)
+                client.say()
+                heard = client.hear()
+                assert heard != f"web {OUTSIDE[4]}"
+                await it.reconciler.round()
+                client.say()
+                assert client.hear() == f"web {OUTSIDE[4]}"
+
+    play(story)
+
+
+def test_a_repair_leaves_connections_alone_that_lead_to_the_pod(tmp_path: Path) -> None:
+    """Also when all rules were replaced, as by a daemon of another version: SCTP would wait for its next heartbeat."""
+
+    async def story() -> None:
+        async with dual_stack(tmp_path) as (it, outside):
+            with pods(1) as (web,), serving(web, "web", 80), running(outside, UDP_CLIENT, NODE[4]) as client:
+                await it.attachments.add(add_call("web", web, mapping(8080, protocol="udp")))
+                client.say()
+                assert client.hear() == f"web {OUTSIDE[4]}"
+                listed = ("conntrack", "-L", "-p", "udp", "--orig-port-dst", "8080", "-o", "id,extended")
+                before = ids(it.node.run(*listed, check=False))
+                it.node.run("nft", "flush", "chain", "inet", "podwire_hostports", "shape")
+                assert await it.attachments.mend_host_ports() == 1
+                assert ids(it.node.run(*listed, check=False)) == before != []
+
+    play(story)
