@@ -2,7 +2,8 @@
 
     ADD   between making the pair and raising the pod's end: no packet passes before its limit is there    1 ms
     DEL   the ifb devices join the group of dead wires, and are deleted with it                            0.05 ms
-    each round of reconciling: a queue that somebody took is made again; devices and chains whose wire is gone, go
+    each round of reconciling: a queue that somebody took, set down or led nobody to is made again; devices and chains
+    whose wire is gone, go
 
 Every function here runs on the netlink thread.
 """
@@ -10,6 +11,7 @@ Every function here runs on the netlink thread.
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -17,7 +19,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from ipam_daemon import tc
 from ipam_daemon.bandwidth import Queue, queue_names, queues, wire_of
 from ipam_daemon.errors import PlumbingFailed
-from ipam_daemon.links import list_links, read_link
+from ipam_daemon.links import get_link, list_links, read_link
 from ipam_daemon.model import Attachment, Bandwidth
 from ipam_daemon.netlink import NetlinkThread, index_of, naming, tolerating
 from ipam_daemon.rtnl import Message, raise_link
@@ -99,7 +101,9 @@ class Shaper:
         wanted = queues(attachment)
         if not wanted:
             return []
-        chains, found = self._chains(), []
+        with naming(f"rules of {tc.TABLE}"):
+            rules = Counter(chain for chain, _ in self._thread.nftables.rules(tc.TABLE))
+        found = []
         for queue in wanted:
             way = "to the pod" if queue.to_pod else "from the pod"
             there = self._bucket(queue.ifname)
@@ -110,8 +114,10 @@ class Shaper:
                     f"{queue.ifname} limits packets {way} to {there.rate * 8} bit/s with a burst of "
                     f"{there.as_bucket().burst * 8} bits, expected {queue.bucket.rate * 8} and {queue.bucket.burst * 8}"
                 )
-            if tc.Redirect(link=attachment.host_ifname, egress=queue.to_pod, to=0).chain not in chains:
-                found.append(f"packets {way} are not led to {queue.ifname}")
+            if there is not None and not self._is_up(queue.ifname):
+                found.append(f"{queue.ifname}, which limits packets {way}, is down: none passes")
+            if rules[tc.Redirect(link=attachment.host_ifname, egress=queue.to_pod, to=0).chain] != 1:
+                found.append(f"packets {way} are not led to {queue.ifname}, or not by its rule alone")
         return found
 
     def mend(self, attachment: Attachment) -> bool:
@@ -134,6 +140,13 @@ class Shaper:
             egress_rate=8 * egress.rate if egress else 0,
             egress_burst=8 * egress.burst if egress else 0,
         )
+
+    def _is_up(self, ifname: str) -> bool:
+        index, answers = index_of(ifname), list[bytes]()
+        if index:
+            with naming(f"looking at {ifname}"), tolerating(errno.ENODEV):
+                answers = self._thread.channel.exchange([get_link(index)])
+        return any(read_link(answer).is_up for answer in answers)
 
     def _bucket(self, ifname: str) -> tc.Found | None:
         index = index_of(ifname)

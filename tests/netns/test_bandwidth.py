@@ -129,6 +129,15 @@ DAMAGE = {
     "no queue": ("tc qdisc del dev {0} root", "{0}, which limits packets to the pod, is gone or has no token bucket"),
     "no device": ("ip link del {1}", "{1}, which limits packets from the pod, is gone"),
     "no way there": ("nft delete table netdev podwire_bandwidth", "packets from the pod are not led to {1}"),
+    "a device that is down": ("ip link set {1} down", "{1}, which limits packets from the pod, is down"),
+    "a chain without its rule": (
+        "nft flush chain netdev podwire_bandwidth out_{2}",
+        "packets to the pod are not led to {0}",
+    ),
+    "a rule before it": (
+        "nft insert rule netdev podwire_bandwidth in_{2} accept",
+        "packets from the pod are not led to {1}, or not by its rule alone",
+    ),
 }
 
 
@@ -138,8 +147,9 @@ def test_what_somebody_did_to_a_queue_is_seen_by_check_and_mended(tmp_path: Path
         async with engine(tmp_path) as it:
             with pods(1) as (pod,):
                 result = json.loads(await it.attachments.add(add_call("pod", pod, bandwidth=LIMITS)))
-                names = queue_names(await host_end(it, "pod"))
-                it.node.run(*command.format(*names).split())
+                host = await host_end(it, "pod")
+                names = queue_names(host)
+                it.node.run(*command.format(*names, host).split())
                 with pytest.raises(CheckFailed, match=re.escape(said.format(*names))):
                     await it.attachments.check(check_call(pod, result))
                 await it.reconciler.round()
