@@ -13,6 +13,7 @@ Source: the CNI conventions, capability `portMappings`.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -70,7 +71,7 @@ def parse(entries: Sequence[Entry]) -> tuple[PortMapping, ...]:
     Raises InvalidConfig for what is ill-formed, UnsupportedField for what the kernel cannot do; both name field and
     value.
     """
-    found: list[PortMapping] = []
+    found: dict[tuple[str, int], list[PortMapping]] = {}
     for number, entry in enumerate(entries):
         where = f"{_WHERE}[{number}]"
         mapping = PortMapping(
@@ -79,22 +80,21 @@ def parse(entries: Sequence[Entry]) -> tuple[PortMapping, ...]:
             container_port=_port(f"{where}.containerPort", entry.container_port),
             host_ip=_host_ip(where, entry.host_ip),
         )
-        for other in found:
-            if _is_same_port(mapping, other) and mapping.container_port != other.container_port:
+        same_port = found.setdefault((mapping.protocol, mapping.host_port), [])
+        for other in same_port:
+            if _is_same_place(mapping.host_ip, other.host_ip) and mapping.container_port != other.container_port:
                 raise InvalidConfig(
                     f"{where} maps {describe(mapping)} to {mapping.container_port}, and an entry before it "
                     f"{describe(other)} to {other.container_port}: expected one of them"
                 )
-        if mapping not in found:
-            found.append(mapping)
-    return tuple(found)
+        if mapping not in same_port:
+            same_port.append(mapping)
+    return tuple(itertools.chain.from_iterable(found.values()))
 
 
-def _is_same_port(a: PortMapping, b: PortMapping) -> bool:
-    """Whether one element would say both. One address may lead elsewhere than all the others do."""
-    if (a.protocol, a.host_port) != (b.protocol, b.host_port) or not overlap(a.host_ip, b.host_ip):
-        return False
-    return a.host_ip == b.host_ip or all(ip is None or ip.is_unspecified for ip in (a.host_ip, b.host_ip))
+def _is_same_place(a: Address | None, b: Address | None) -> bool:
+    """Whether one element would say both of one port. One address may lead elsewhere than all the others do."""
+    return overlap(a, b) and (a == b or all(ip is None or ip.is_unspecified for ip in (a, b)))
 
 
 def check_families(mappings: Iterable[PortMapping], addresses: Iterable[Interface]) -> None:

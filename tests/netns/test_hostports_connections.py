@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.netns.hostport_fixtures import NODE, OUTSIDE, add_call, dual_stack, mapping, running, serving
-from tests.netns.node_fixtures import play, pods
+import ipam_daemon.conntrack
+import podwire.conntrack
+from tests.netns.hostport_fixtures import NODE, OUTSIDE, add_call, ask, dual_stack, mapping, running, serving
+from tests.netns.node_fixtures import Netns, play, pods
 from tests.netns.test_hostports import UDP_CLIENT, ids
 
 STATEFUL = """
@@ -66,3 +71,39 @@ def test_a_repair_leaves_connections_alone_that_lead_to_the_pod(tmp_path: Path) 
                 assert ids(it.node.run(*listed, check=False)) == before != []
 
     play(story)
+
+
+@pytest.mark.parametrize(("worth", "walks"), [(1000, 2), (0, 40)], ids=["a small table", "a large one"])
+def test_many_ports_are_one_walk_over_the_kernels_table_while_that_is_cheaper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: int, walks: int
+) -> None:
+    """A walk takes milliseconds in which no other pod of the node is served. Exactly what it is about is forgotten."""
+    began: list[int] = []
+    dump = podwire.conntrack.dump
+
+    def counting(channel: socket.socket, family: int, filters: bytes = b"") -> Iterator[dict[int, bytes]]:
+        began.append(family)
+        return dump(channel, family, filters)
+
+    async def story() -> None:
+        async with dual_stack(tmp_path) as (it, outside):
+            with pods(2) as (web, other), serving(web, "web", 80), serving(other, "other", 80):
+                await it.attachments.add(add_call("other", other, mapping(9000, protocol="udp")))
+                many = [mapping(port, protocol="udp") for port in range(8000, 8020)]
+                await it.attachments.add(add_call("web", web, *many))
+                for version, port, name in ((4, 8000, "web"), (4, 8019, "web"), (4, 9000, "other")):
+                    assert ask(outside, NODE[version], port, "udp") == f"{name} {OUTSIDE[version]}"
+                assert remembered(it.node) == {8000, 8019, 9000}
+                monkeypatch.setattr(podwire.conntrack, "dump", counting)
+                monkeypatch.setattr(ipam_daemon.conntrack, "_WORTH_A_WALK", worth)
+                await it.delete("web")
+                assert remembered(it.node) == {9000}
+                assert len(began) == walks, "a walk for each family, and for each port where the table is large"
+
+    play(story)
+
+
+def remembered(node: Netns) -> set[int]:
+    """The ports that UDP was sent to, of both families."""
+    listed = [node.run("conntrack", "-L", "-f", family, "-p", "udp", check=False) for family in ("ipv4", "ipv6")]
+    return {int(port) for line in "".join(listed).splitlines() for port in re.findall(r" dport=(\d+)", line)[:1]}
