@@ -2,7 +2,8 @@
 
 Both are brought to their plan level by level: what is right already is not touched, so a restart changes nothing and
 drops nothing. A device of our name with another shape (VNI, port, underlay address) is made anew, because the kernel
-cannot change those in place; a device of our name and another kind is somebody else's, and is refused.
+cannot change those in place, and the one that there is goes when the new one is there: a VNI that somebody else has
+leaves the node with the tunnels that it had. A device of our name and another kind is somebody else's, and is refused.
 
 A gateway of IPv6 is there at once, like a pod's address: there is no duplicate address detection on the bridge, whose
 addresses nobody else has, or the first packets to a pod would wait seconds for a source of neighbour solicitations.
@@ -25,6 +26,8 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
+
+from pyroute2.netlink.exceptions import NetlinkError
 
 from ipam_daemon.connected import add_connected_route, connected_routes
 from ipam_daemon.errors import PlumbingFailed
@@ -84,17 +87,16 @@ class Devices:
 
     def ensure_vxlan(self, plan: VxlanPlan) -> list[str]:
         """Brings the VXLAN device to its plan. Returns what had to be done, in words."""
-        done: list[str] = []
+        done = self._remove_beside(plan)
         index = index_of(plan.name)
         if index:
             link = self._link(index)
             _refuse_foreign(link, plan.name, "vxlan")
             if not _same_tunnel(link, plan):
-                with naming(f"replacing {plan.name}"):
-                    self._thread.host.link("del", index=index)
-                done.append(f"removed {plan.name}, which had another shape")
-        if not index_of(plan.name):
-            self._make_vxlan(plan)
+                self._replace_vxlan(link, plan)
+                done += [f"removed {plan.name}, which had another shape", f"made {plan.name}"]
+        else:
+            self._make_vxlan(plan, plan.name)
             done.append(f"made {plan.name}")
         index = index_of(plan.name)
         for path, value in vxlan_sysctls(plan).items():
@@ -123,22 +125,69 @@ class Devices:
                 done.append(f"{name} takes packets that have another way back (rp_filter 2)")
         return done
 
-    def _make_vxlan(self, plan: VxlanPlan) -> None:
+    def _replace_vxlan(self, link: Any, plan: VxlanPlan) -> None:
+        """Makes the device anew. It has another index, and nothing of the peers yet.
+
+        A shape that cannot be had, because another has its VNI or port, must not cost the one that there is: so it is
+        made beside that one first, and set up. Only when nothing but the address differs the kernel would not have
+        both; then nobody else can have what the one in place has.
+        """
+        takes_turns = _claim_of(link) == (plan.vni, plan.port, plan.local.version)
+        if not takes_turns:
+            self._make_vxlan(plan, _beside(plan), state=_UP)
+        with naming(f"replacing {plan.name}"):
+            self._thread.host.link("del", index=link["index"])
+            if not takes_turns:
+                index = index_of(_beside(plan))
+                self._thread.host.link("set", index=index, state="down")  # older kernels rename nothing that is up
+                self._thread.host.link("set", index=index, ifname=plan.name)
+        if takes_turns:
+            self._make_vxlan(plan, plan.name)
+
+    def _remove_beside(self, plan: VxlanPlan) -> list[str]:
+        """What a daemon that was killed while it replaced the device has left."""
+        name = _beside(plan)
+        index = index_of(name)
+        if not index:
+            return []
+        _refuse_foreign(self._link(index), name, "vxlan")
+        with naming(f"removing {name}"):
+            self._thread.host.link("del", index=index)
+        return [f"removed {name}, which was left over"]
+
+    def _make_vxlan(self, plan: VxlanPlan, name: str, **more: str) -> None:
         local = {"vxlan_local" if plan.local.version == 4 else "vxlan_local6": str(plan.local)}
-        with naming(f"VXLAN device {plan.name} (VNI {plan.vni}, UDP port {plan.port})"):
-            self._thread.host.link(
-                "add",
-                ifname=plan.name,
-                kind="vxlan",
-                address=plan.mac,
-                mtu=plan.mtu,
-                vxlan_id=plan.vni,
-                vxlan_port=plan.port,
-                vxlan_learning=0,
-                **local,
-            )
+        what = f"VXLAN device {plan.name} (VNI {plan.vni}, UDP port {plan.port})"
+        with naming(what):
+            try:
+                self._thread.host.link(
+                    "add",
+                    ifname=name,
+                    kind="vxlan",
+                    address=plan.mac,
+                    mtu=plan.mtu,
+                    vxlan_id=plan.vni,
+                    vxlan_port=plan.port,
+                    vxlan_learning=0,
+                    **local,
+                    **more,
+                )
+            except NetlinkError as error:
+                if error.code != errno.EEXIST:
+                    raise
+                holder = self._holder_of(plan) or "another VXLAN device"
+                raise PlumbingFailed(f"{what}: EEXIST: {holder} has these VNI and port already") from error
         with suppress(OSError):  # before it is up: later that would cost packets; the fast path does without, too
-            self._thread.channel.exchange([add_clsact(index_of(plan.name))])
+            self._thread.channel.exchange([add_clsact(index_of(name))])
+
+    def _holder_of(self, plan: VxlanPlan) -> str:
+        """The other device that has the VNI and the port of the plan; empty when none of this namespace has."""
+        wanted = (plan.vni, plan.port, plan.local.version)
+        for link in self._thread.host.get_links(kind="vxlan"):
+            name = str(link.get("ifname"))
+            if link.get(("linkinfo", "kind")) == "vxlan" and name != plan.name and _claim_of(link) == wanted:
+                return name
+        return ""
 
     def _ensure_common(self, index: int, link: Any, plan: BridgePlan | VxlanPlan) -> list[str]:
         done = []
@@ -231,7 +280,21 @@ def _refuse_foreign(link: Any, name: str, kind: str) -> None:
         )
 
 
+def _beside(plan: VxlanPlan) -> str:
+    """The name of a device that is going to take the place of the one in place."""
+    return f"{plan.name}-new"
+
+
 def _same_tunnel(link: Any, plan: VxlanPlan) -> bool:
+    return (*_claim_of(link), _local_of(link)) == (plan.vni, plan.port, plan.local.version, str(plan.local))
+
+
+def _claim_of(link: Any) -> tuple[int, int, int]:
+    """What the kernel gives to one VXLAN device alone: VNI, UDP port and the family of the outer packets."""
     data = link.get(("linkinfo", "data"))
-    local = data.get("vxlan_local") or data.get("vxlan_local6")
-    return (data.get("vxlan_id"), data.get("vxlan_port"), local) == (plan.vni, plan.port, str(plan.local))
+    return data.get("vxlan_id"), data.get("vxlan_port"), 6 if ":" in _local_of(link) else 4
+
+
+def _local_of(link: Any) -> str:
+    data = link.get(("linkinfo", "data"))
+    return data.get("vxlan_local") or data.get("vxlan_local6") or ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -30,6 +32,10 @@ SYSCTLS = {
     "net/ipv4/conf/all/send_redirects": "0",
     "net/ipv4/conf/pw0/send_redirects": "0",
 }
+
+
+def words(line: str) -> list[str]:
+    return line.split()
 
 
 async def bridge(node: Node, plan: BridgePlan = BRIDGE) -> list[str]:
@@ -108,8 +114,8 @@ def test_a_bridge_that_somebody_changed_is_mended(commands: list[str], done: lis
     async def story() -> None:
         async with Node() as node:
             await bridge(node)
-            for words in commands:
-                node.ip(*words.split())
+            for line in commands:
+                node.ip(*words(line))
             assert await bridge(node) == done
             assert await bridge(node) == []
 
@@ -166,18 +172,18 @@ def test_the_routes_to_the_nodes_own_pods_are_put_back(commands: list[str], back
 
     async def story() -> None:
         async with Node() as node:
-            for words in (
+            for line in (
                 "link add under0 type veth peer name under1",
                 "link set under0 up",
                 "link set under1 up",
                 "addr add 192.0.2.1/24 dev under0",
                 "addr add 2001:db8::1/64 dev under0 nodad",
             ):
-                node.ip(*words.split())
+                node.ip(*words(line))
             assert not any("route" in each for each in await bridge(node, BOTH)), "the kernel makes them by itself"
             assert routes(node) == {FOUR_ROUTE, SIX_ROUTE}
-            for words in commands:
-                node.ip(*words.split())
+            for line in commands:
+                node.ip(*words(line))
             assert await bridge(node, BOTH) == [done[each] for each in back]
             assert routes(node) == {FOUR_ROUTE, SIX_ROUTE} | others
             for address in ("10.244.1.7", "fd00:10:244:1::7"):
@@ -282,12 +288,91 @@ def test_a_device_of_our_name_and_another_kind_is_refused() -> None:
     play(story)
 
 
-def test_a_port_in_use_is_named() -> None:
+OTHERS = {  # somebody's VXLAN device, and the plan that it is in the way of
+    "VNI and port": ("id 7 dstport 4789 local 192.0.2.7", {}),
+    "of IPv6": ("id 7 dstport 4789 local 2001:db8::7", {"local": ipaddress.ip_address("2001:db8::1")}),
+}
+
+
+@pytest.mark.parametrize(("other", "change"), OTHERS.values(), ids=OTHERS.keys())
+def test_who_has_a_vni_and_its_port_is_named(other: str, change: dict[str, object]) -> None:
     async def story() -> None:
         async with Node() as node:
-            node.ip("link", "add", "other", "type", "vxlan", "id", "7", "dstport", "4789")
-            with pytest.raises(PlumbingFailed, match=r"VNI 7, UDP port 4789.*EEXIST"):
-                await vxlan(node)
+            node.ip(*words(f"link add early type vxlan id 8 {other[5:]}"))
+            node.ip(*words(f"link add other type vxlan {other}"))
+            with pytest.raises(PlumbingFailed, match=r"VNI 7, UDP port 4789.*EEXIST: other has these"):
+                await vxlan(node, msgspec.structs.replace(VXLAN, **change))
+            assert node.links() == {"early", "other"}
+
+    play(story)
+
+
+def test_one_vni_over_both_families_is_two() -> None:
+    async def story() -> None:
+        async with Node() as node:
+            node.ip(*words("link add other type vxlan id 7 dstport 4789 local 2001:db8::7"))
+            assert "made pw-vxlan" in await vxlan(node)
+
+    play(story)
+
+
+def shown(node: Node) -> tuple[object, ...]:
+    """The VXLAN device as it is, with what leads over it."""
+    (link,) = node.json("addr", "show", "dev", "pw-vxlan")
+    data = {key: link["linkinfo"]["info_data"][key] for key in ("id", "port", "local")}
+    return (link["ifindex"], link["flags"], link["addr_info"], data, node.ip("route", "show", "dev", "pw-vxlan"))
+
+
+TAKEN = {  # another shape, who is in its way, and what the refusal says
+    "another VNI": ({"vni": 8}, "id 8 dstport 4789", "VNI 8, UDP port 4789.*EEXIST: other has these"),
+    "another port": ({"port": 8472}, "id 7 dstport 8472", "VNI 7, UDP port 8472.*EEXIST: other has these"),
+    "another port, which a program has": ({"port": 8472}, "", "VNI 7, UDP port 8472.*EADDRINUSE"),
+    "another family": (
+        {"local": ipaddress.ip_address("2001:db8::1")},
+        "id 7 dstport 4789 local 2001:db8::7",
+        "VNI 7, UDP port 4789.*EEXIST: other has these",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "other", "refusal"), TAKEN.values(), ids=TAKEN.keys())
+def test_a_shape_that_cannot_be_had_leaves_the_one_that_there_is(
+    change: dict[str, object], other: str, refusal: str
+) -> None:
+    async def story() -> None:
+        async with Node() as node:
+            await vxlan(node)
+            node.ip(*words("route add 10.244.2.0/24 via 10.244.2.2 dev pw-vxlan onlink"))
+            before = shown(node)
+            with ExitStack() as held:
+                if other:
+                    node.ip(*words(f"link add other type vxlan {other}"))
+                else:
+                    program = await node.thread.run(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
+                    held.enter_context(program)
+                    program.bind(("", 8472))
+                plan = msgspec.structs.replace(VXLAN, **change)
+                for _ in range(2):
+                    with pytest.raises(PlumbingFailed, match=refusal):
+                        await vxlan(node, plan)
+                    assert shown(node) == before
+                    assert node.links() - {"other"} == {"pw-vxlan"}
+            if other:
+                node.ip("link", "del", "other")
+            assert (await vxlan(node, plan))[:2] == ["removed pw-vxlan, which had another shape", "made pw-vxlan"]
+            assert node.links() == {"pw-vxlan"}
+            assert await vxlan(node, plan) == []
+
+    play(story)
+
+
+def test_what_a_killed_daemon_left_while_it_replaced_the_device_goes() -> None:
+    async def story() -> None:
+        async with Node() as node:
+            node.ip(*words("link add pw-vxlan-new type vxlan id 7 dstport 4789 local 192.0.2.1"))
+            done = await vxlan(node)
+            assert done[:2] == ["removed pw-vxlan-new, which was left over", "made pw-vxlan"]
+            assert node.links() == {"pw-vxlan"}
 
     play(story)
 
@@ -297,8 +382,8 @@ def test_the_underlay() -> None:
         async with Node() as node:
             assert await node.thread.run(default_addresses, node.thread) == ()
             node.ip("link", "add", "under0", "mtu", "1400", "type", "veth", "peer", "name", "under1")
-            for words in ("link set under0 up", "link set under1 up", "addr add 192.0.2.1/24 dev under0"):
-                node.ip(*words.split())
+            for line in ("link set under0 up", "link set under1 up", "addr add 192.0.2.1/24 dev under0"):
+                node.ip(*words(line))
             assert await node.thread.run(default_addresses, node.thread) == ()
             node.ip("route", "add", "default", "via", "192.0.2.254")
             (address,) = await node.thread.run(default_addresses, node.thread)
@@ -315,14 +400,14 @@ def test_the_underlay() -> None:
 def test_the_source_of_the_default_route_goes_before_the_first_address() -> None:
     async def story() -> None:
         async with Node() as node:
-            for words in (
+            for line in (
                 "link add under0 type veth peer name under1",
                 "link set under0 up",
                 "addr add 192.0.2.1/24 dev under0",
                 "addr add 192.0.2.5/24 dev under0",
                 "route add default via 192.0.2.254 src 192.0.2.5",
             ):
-                node.ip(*words.split())
+                node.ip(*words(line))
             assert [str(a) for a in await node.thread.run(default_addresses, node.thread)] == ["192.0.2.5"]
 
     play(story)
