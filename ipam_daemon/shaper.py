@@ -67,12 +67,18 @@ class Shaper:
         return not any(map(index_of, queue_names(host_ifname)))
 
     def delete(self, host_ifname: str) -> None:
-        """Deletes a wire's devices at once. A device that is gone is fine."""
-        for ifname in queue_names(host_ifname):
-            index = index_of(ifname)
-            if index:
-                with naming(f"deleting {ifname}"), tolerating(errno.ENODEV):
-                    self._thread.host.link("del", index=index)
+        """Deletes a wire's devices and chains at once. A device that is gone is fine; a wire without any has no
+        chains."""
+        if self._delete_devices(host_ifname):
+            self._drop_chains(lambda link: link == host_ifname)
+
+    def _delete_devices(self, host_ifname: str) -> bool:
+        """False when there were none."""
+        indices = {ifname: index for ifname in queue_names(host_ifname) if (index := index_of(ifname))}
+        for ifname, index in indices.items():
+            with naming(f"deleting {ifname}"), tolerating(errno.ENODEV):
+                self._thread.host.link("del", index=index)
+        return bool(indices)
 
     def sweep_chains(self) -> None:
         """Deletes the chains of links that are gone. For after their deletion."""
@@ -124,7 +130,7 @@ class Shaper:
         """Makes the queues of a wire again if something of them is not right. True when it was not."""
         if not self.differences(attachment):
             return False
-        self.delete(attachment.host_ifname)
+        self._delete_devices(attachment.host_ifname)
         self._drop_chains(lambda link: link == attachment.host_ifname)
         self.limit(attachment)
         return True

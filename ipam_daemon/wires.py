@@ -282,8 +282,8 @@ class Wires:
 
     def reap(self, host_ifnames: Iterable[str]) -> frozenset[str]:
         """Deletes all killed wires at once and returns those of `host_ifnames` that are seen gone."""
-        if self._delete_killed():
-            self._shaper.sweep_chains()
+        self._delete_killed()
+        self._shaper.sweep_chains()  # of those, too, that an ADD in the same namespace has deleted
         return frozenset(name for name in host_ifnames if not index_of(name) and self._shaper.is_gone(name))
 
     def _delete_killed(self) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from ipam_daemon.bandwidth import queue_names, wire_of
 from ipam_daemon.cni import PreviousInterface, PreviousIp, PreviousResult
-from ipam_daemon.errors import CheckFailed, InvalidConfig
+from ipam_daemon.errors import CheckFailed, InterfaceExists, InvalidConfig
 from ipam_daemon.model import Bandwidth
 from tests.netns.hostport_fixtures import add_call, running
 from tests.netns.node_fixtures import Engine, Netns, call, engine, eventually, key, play, pods
@@ -194,6 +194,39 @@ def test_a_vanished_pod_leaves_no_queue(tmp_path: Path) -> None:
                     await it.reconciler.round()
                 await it.reap()
                 assert (it.node.links(), chains(it)) == ({"pw0"}, [])
+
+    play(story)
+
+
+def test_an_add_that_fails_leaves_no_queue_and_no_chain(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with engine(tmp_path) as it:
+            with pods(1) as (pod,):
+                pod.ip("link", "add", "other0", "up", "type", "veth", "peer", "name", "other1")
+                pod.ip("link", "set", "other1", "up")
+                pod.ip("route", "add", "default", "dev", "other0")
+                with pytest.raises(InterfaceExists, match="a default route already"):
+                    await it.attachments.add(add_call("pod", pod, bandwidth=LIMITS))
+                assert (it.node.links(), chains(it)) == ({"pw0"}, [])
+
+    play(story)
+
+
+def test_a_container_that_is_added_again_at_once_has_no_queue_and_no_chain_of_before(tmp_path: Path) -> None:
+    """Its ADD deletes the wire that is in the way, which the reaper then finds gone."""
+
+    async def story() -> None:
+        async with engine(tmp_path) as it:
+            with pods(1) as (pod,):
+                for _ in range(2):
+                    await it.attachments.add(add_call("pod", pod, bandwidth=LIMITS))
+                    await it.delete("pod")
+                await it.attachments.add(add_call("pod", pod, bandwidth=LIMITS))
+                await it.reap()
+                host = await host_end(it, "pod")
+                assert it.node.links() == {"pw0", host, *queue_names(host)}
+                assert sorted(chains(it)) == [f"in_{host}", f"out_{host}"]
+                assert pod.pings("10.244.1.1")
 
     play(story)
 
