@@ -61,7 +61,7 @@ from ipam_daemon.fastpath_program import (
 from ipam_daemon.links import get_link, read_link
 from ipam_daemon.model import Attachment, Network
 from ipam_daemon.netlink import NetlinkThread, index_of, naming, read_sysctl, tolerating, write_sysctl
-from ipam_daemon.onlookers import Onlookers, has_ipsec
+from ipam_daemon.onlookers import Onlookers, between_nodes
 from ipam_daemon.plan import VXLAN, NodePlan
 from podwire.bpf import kernel, tcx
 from podwire.bpf.btf import BtfError
@@ -277,8 +277,9 @@ class FastPath:
     def _ensure_programs(self, plan: NodePlan, direct: Iterable[str]) -> None:
         """Loads programs for what the node is now, and puts them where its old ones are."""
         devices = [VXLAN, *sorted(direct)]
-        if has_ipsec():
-            self._left_alone[" and ".join(devices)] = "the node has IPsec policies"
+        why = between_nodes(self._thread.channel)
+        if why:
+            self._left_alone[" and ".join(devices)] = why
             devices = []
         node = Node(
             bridge=index_of(plan.bridge.name),

@@ -2,12 +2,13 @@
 
     a queue that somebody chose (a token bucket, say), nft chains at its own hooks      of the link: a dump for all
     tc's filters, programs of TCX                                                       of the link: 0.03 ms for each
-    IPsec policies                                                                      of the node
+    IPsec policies, routing rules that ask for a mark                                   of the node
 
-Where there is any, the fast path stands back: a limit stays a limit, and what leaves encrypted still
-does. What comes later is found in the next round.
+Where there is any, the fast path stands back: a limit stays a limit, what leaves encrypted still does, and so does what
+is marked by the way that it is marked for, or to a proxy. Within a node no mark leads anywhere, since the bridge does
+not route. What comes later is found in the next round.
 
-Source: rtnetlink(7); linux/xfrm.h. Every function here runs on the netlink thread.
+Source: rtnetlink(7); linux/xfrm.h; linux/fib_rules.h. Every function here runs on the netlink thread.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from podwire.nfnetlink import Interfaces
 from podwire.nlattr import attributes
 
 _NETLINK_XFRM, _GET_POLICIES, _POLICIES = 6, 0x25, 1
+_GET_RULE, _BY_MARK = 34, frozenset((10, 16))  # FRA_FWMARK, FRA_FWMASK
+_RULE = struct.Struct("=B11x")  # fib_rule_hdr: family
 _COUNTS = struct.Struct("=III")  # xfrmu_spdinfo: in, out, forwarded
 _U32 = struct.Struct("=I")
 _SECONDS = 5.0
@@ -95,3 +98,19 @@ def has_ipsec() -> bool:
         (answer,) = channel.exchange([Message(_GET_POLICIES, 0, _U32.pack(0xFFFFFFFF), "IPsec policies")])
     found = dict(attributes(answer[_U32.size :])).get(_POLICIES, bytes(_COUNTS.size))
     return any(_COUNTS.unpack_from(found))
+
+
+def routes_by_mark(channel: Channel) -> bool:
+    """Whether routing rules of the channel's namespace ask for a packet's mark, which those of multicast may do. Raises
+    OSError."""
+    answers = channel.dump(Message(_GET_RULE, 0, _RULE.pack(socket.AF_UNSPEC), "routing rules"))
+    routed = (each for each in answers if each[0] in (socket.AF_INET, socket.AF_INET6))
+    return any(kind in _BY_MARK for each in routed for kind, _ in attributes(each[_RULE.size :]))
+
+
+def between_nodes(channel: Channel) -> str:
+    """What there is in the namespace of this thread and channel that decides how packets leave and arrive, in words;
+    empty when nothing does. Raises OSError."""
+    if has_ipsec():
+        return "the node has IPsec policies"
+    return "the node has routing rules that ask for a mark" if routes_by_mark(channel) else ""

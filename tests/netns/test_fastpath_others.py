@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ import pytest
 from podwire.lab import demo, node, process
 from podwire.lab.cni import Attachment, Runtime
 from podwire.lab.state import MARK, LabState
+from tests.netns.busy_flows import inside
 from tests.netns.containers import Container, containers, status, wait
 from tests.netns.contenders import DEBIAN
-from tests.netns.fast_fixtures import Pod, Tcp, Udp, configure, filters, lab, pods, succeed, trio
+from tests.netns.fast_fixtures import PATIENCE, Pod, Tcp, Udp, configure, filters, lab, pods, succeed, trio
 
 __all__ = ["lab", "trio"]
 
@@ -162,6 +164,51 @@ def test_where_packets_may_have_to_be_encrypted_none_goes_round_it(trio: list[Po
             assert succeed(here.lab, "node1", "ip xfrm policy").startswith("src 10.244.0.0/16 dst 10.99.0.0/16")
         finally:
             succeed(here.lab, "node1", f"ip xfrm policy delete {about}")
+        far.until_fast()
+
+
+PROXY_PORT = 8999
+DIVERTED = (
+    "nft add table ip foreign; nft add chain ip foreign pre '{{ type filter hook prerouting priority mangle; }}'; "
+    "nft add rule ip foreign pre ip saddr {client} ip daddr {server} tcp dport {port} meta mark set 7; "
+    "ip route add local default dev lo table 78; ip rule add fwmark 7 lookup 78"
+)
+NOT_DIVERTED = "ip rule del fwmark 7 lookup 78; ip route flush table 78; nft delete table ip foreign"
+
+
+def transparent() -> socket.socket:
+    """Takes connections to anybody's address."""
+    made = socket.socket()
+    made.setsockopt(socket.SOL_IP, socket.IP_TRANSPARENT, 1)
+    made.bind(("0.0.0.0", PROXY_PORT))
+    made.listen()
+    return made
+
+
+def test_what_a_mark_leads_to_a_proxy_arrives_there(trio: list[Pod]) -> None:
+    """Between nodes: the connection is established and translated by nobody, and its packets are not the other pod's.
+    Within the node a mark leads nowhere, and neighbours stay fast."""
+    here, beside, there = trio
+    about = {"client": here.addresses[4], "server": there.addresses[4], "port": PROXY_PORT}
+    with Udp(here, beside) as near, Udp(here, there) as far, inside(here.lab.netns("node1"), transparent) as proxy:
+        far.until_fast()
+        proxy.settimeout(PATIENCE)
+        succeed(here.lab, "node1", DIVERTED.format(**about))
+        try:
+            wait(lambda: "ask for a mark" in status(here.lab, "node1").fast_path, "the daemon to say so")
+            assert not any(taken for (at, _), taken in far.taken(partial(far.exchange, 10)).items() if at == "node1")
+            assert near.is_fast()
+            with here.socket(4, socket.SOCK_STREAM) as client:
+                client.connect((there.addresses[4], PROXY_PORT))
+                with proxy.accept()[0] as server:
+                    server.settimeout(PATIENCE)
+                    assert server.getsockname() == (there.addresses[4], PROXY_PORT)
+                    for _ in range(20):
+                        for one, other in ((client, server), (server, client)):
+                            one.send(b"?")
+                            assert other.recv(16) == b"?"
+        finally:
+            succeed(here.lab, "node1", NOT_DIVERTED)
         far.until_fast()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.netlink import index_of
-from ipam_daemon.onlookers import Onlookers, has_ipsec
+from ipam_daemon.onlookers import Onlookers, between_nodes, has_ipsec
 from podwire.nfelements import Family, Table
 from podwire.nfnetlink import Step
 from podwire.nlattr import attribute, nested
@@ -176,5 +176,35 @@ def test_a_policy_of_ipsec_is_one_of_the_node(way: str) -> None:
             assert not await other.thread.run(has_ipsec)
             node.ip("xfrm", "policy", "delete", *policy)
             assert not await node.thread.run(has_ipsec)
+
+    play(story)
+
+
+RULES = {
+    "a mark": ("fwmark 7 lookup 77", True),
+    "a mark, of IPv6": ("-6 fwmark 7 lookup 77", True),
+    "some bits of it": ("fwmark 0x80000/0xff0000 lookup main", True),
+    "that some bits are not set": ("fwmark 0/0xff lookup 77", True),
+    "another mark": ("not fwmark 7 lookup 77", True),
+    "a source": ("from 192.0.2.0/24 lookup 77", False),
+    "an interface, of IPv6": ("-6 iif lo lookup 77", False),
+}
+
+
+def test_routing_rules_that_ask_for_a_mark_are_of_the_node() -> None:
+    async def story() -> None:
+        async with Node() as node, Node("other") as other:
+
+            async def said(of: Node) -> str:
+                return await of.thread.run(lambda: between_nodes(of.thread.channel))
+
+            for name, (rule, by_mark) in RULES.items():
+                words = rule.split()
+                family, about = (["-6"], words[1:]) if words[0] == "-6" else ([], words)
+                assert await said(node) == "", name
+                node.ip(*family, "rule", "add", *about)
+                assert (await said(node) == "the node has routing rules that ask for a mark") == by_mark, name
+                assert await said(other) == "", name
+                node.ip(*family, "rule", "delete", *about)
 
     play(story)
