@@ -7,8 +7,10 @@
                                  └─▶ everything else            on
 
 Nothing is decided here: whether a packet belongs to a connection that the firewall has let pass is asked of conntrack,
-for each packet, and where it goes of the routing table. So whoever cuts a connection (`conntrack -D`, a policy that now
-forbids it) cuts it here, and a route that changes changes here. A packet takes the fast way when all of this holds:
+for each packet, and of one that leaves for another node where it goes, of the routing table. So whoever cuts a
+connection (`conntrack -D`, a policy that now forbids it) cuts it here, and a route that changes changes here. What
+arrives for a pod goes to its port, without a question to the routing table: a route or a rule of the receiving node
+that would keep it from the pod does not. A packet takes the fast way when all of this holds:
 
     the daemon lives               it renews a lease, after which the programs pass everything on
     TCP or UDP, whole              no option, fragment, extension header, VLAN tag; of TCP no SYN, FIN or RST
