@@ -27,6 +27,7 @@ _BITS = 8
 _LATENCY_S = 0.025
 _BURST_IN_QUEUE = 256 << 10
 _MOST_BYTES = (1 << 32) - 1
+_MOST_RATE = (1 << 64) - 1  # bits a second: what the kernel, the daemon's own calls and the reference count in
 TICK_NS = 64  # PSCHED_SHIFT is 6
 _FRAME = 14  # bytes of an Ethernet header, which tbf counts
 
@@ -70,7 +71,8 @@ class Queue(msgspec.Struct, frozen=True, kw_only=True):
 def parse(own: Limits, runtime: Limits | None) -> Bandwidth:
     """What is asked for, by the configuration itself or by the runtime. Raises InvalidConfig, naming field and value.
 
-    A rate needs a burst and a burst a rate; a burst is less than 4 GB, since the kernel counts it in 32 bits.
+    A rate needs a burst and a burst a rate; a burst is less than 4 GB, since the kernel counts it in 32 bits, and a
+    rate less than 2^64.
     """
     where, chosen = ("", own) if own != Limits() or runtime is None else ("runtimeConfig.bandwidth.", runtime)
     bandwidth = Bandwidth(
@@ -86,6 +88,8 @@ def parse(own: Limits, runtime: Limits | None) -> Bandwidth:
         for name, value in ((f"{way}Rate", rate), (f"{way}Burst", burst)):
             if value < 0 or (0 < value < _BITS):
                 raise InvalidConfig(f"{where}{name} is {value}, expected bits, at least {_BITS}")
+        if rate > _MOST_RATE:
+            raise InvalidConfig(f"{where}{way}Rate is {rate}, expected bits a second, {_MOST_RATE} at the most")
         if bool(rate) != bool(burst):
             there, missing = (f"{way}Rate", f"{way}Burst") if rate else (f"{way}Burst", f"{way}Rate")
             raise InvalidConfig(f"{where}{there} is {rate or burst} and {missing} is missing, expected both or none")

@@ -15,6 +15,8 @@ from ipam_daemon.bandwidth import queue_names, wire_of
 from ipam_daemon.cni import PreviousInterface, PreviousIp, PreviousResult
 from ipam_daemon.errors import CheckFailed, InterfaceExists, InvalidConfig
 from ipam_daemon.model import Bandwidth
+from ipam_daemon.server import AgentService
+from podwire.v1 import agent_pb2
 from tests.netns.hostport_fixtures import add_call, running
 from tests.netns.node_fixtures import Engine, Netns, call, engine, eventually, key, play, pods
 
@@ -92,6 +94,7 @@ ONE_SIDED = {
     "from the pod": (Bandwidth(egress_rate=8 * MBIT, egress_burst=MBIT), {1}),
     "as containerd asks": (Bandwidth(ingress_rate=MBIT, ingress_burst=(1 << 32) - 1), {0}),
     "faster than 32 bits of bytes say": (Bandwidth(egress_rate=80_000 * MBIT, egress_burst=80 * MBIT), {1}),
+    "the largest rate": (Bandwidth(ingress_rate=(1 << 64) - 1, ingress_burst=MBIT), {0}),
     "the largest burst": (Bandwidth(egress_rate=1000, egress_burst=8 * ((1 << 32) - 2)), {1}),
 }
 
@@ -108,6 +111,9 @@ def test_a_limit_of_one_direction_is_one_queue_and_check_agrees(
                 assert queues(it).keys() == {names[each] for each in there}
                 assert pod.pings("10.244.1.1")
                 await it.attachments.check(check_call(pod, result))
+                service = AgentService(agent_pb2.GetStatusResponse, it.journal)
+                (shown,) = (await service.ListAttachments(agent_pb2.ListAttachmentsRequest(), None)).attachments
+                assert shown.bandwidth.ingress_rate == limits.ingress_rate
 
     play(story)
 

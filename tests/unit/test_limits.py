@@ -51,6 +51,10 @@ WRONG = {
         "ingressBurst is 34359738360, expected less",
     ),
     "a negative rate": (Limits(ingress_rate=-8, ingress_burst=8), "ingressRate is -8"),
+    "a rate that no counter holds": (
+        Limits(egress_rate=1 << 64, egress_burst=8000),
+        "bandwidth.egressRate is 18446744073709551616, expected bits a second, 18446744073709551615 at the most",
+    ),
     "less than a byte a second": (
         Limits(egress_rate=7, egress_burst=8000),
         "egressRate is 7, expected bits, at least 8",
