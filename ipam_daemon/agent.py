@@ -89,6 +89,7 @@ class Agent:
         self._converging = asyncio.Lock()
         self._changed = asyncio.Event()
         self._entered = asyncio.Event()
+        self._moved = asyncio.Event()  # the node's addresses are others than etcd has
         self._joining = asyncio.Lock()
         self._plane = DataPlane(
             settings=settings,
@@ -244,6 +245,24 @@ class Agent:
                 "the backend changes", extra={"fields": {"from": describe(before), "to": describe(config.backend)}}
             )
             self._changed.set()
+
+    async def follow_addresses(self) -> None:
+        """Tells the peers this node's addresses whenever etcd has others, until cancelled. Not as a part of bringing
+        the kernel to its plan, which needs no etcd: a connection from an address that is gone is a silent one."""
+        while True:
+            await self._moved.wait()
+            self._moved.clear()
+            delay = _FIRST_RETRY
+            while self._has_moved():
+                with suppress(TryAgain):
+                    async with self._joining, self.keeper.pausing():
+                        await self._publish(self._blocks)
+                await asyncio.sleep(delay)  # until etcd tells of it
+                delay = min(2 * delay, _LAST_RETRY)
+
+    def _has_moved(self) -> bool:
+        mine = (self._records or {}).get(self._settings.node)
+        return mine is not None and mine.node_id == self._node_id and mine.addresses != self.addresses
 
     async def hold_blocks(self) -> None:
         """Claims the node's blocks again whenever etcd was wiped or restored, until cancelled."""
@@ -445,7 +464,8 @@ class Agent:
             return
         if plane.is_stale or resync:
             await plane.find_addresses()
-            await self._publish_addresses(blocks)
+        if self._has_moved():
+            self._moved.set()
         before = plane.plan
         tunnelled = self._journal.meta(_TUNNELS) != "no"
         record = self._record(blocks)
@@ -457,13 +477,6 @@ class Agent:
             self._attachments.mtu = plan.mtu
         if resync or before is None or before.mtu != plan.mtu:
             await self._attachments.resize(plan.mtu)
-
-    async def _publish_addresses(self, blocks: Sequence[Block]) -> None:
-        """Tells the peers this node's addresses when etcd has others; what is not heard is said again later."""
-        mine = (self._records or {}).get(self._settings.node)
-        if mine is not None and mine.node_id == self._node_id and mine.addresses != self.addresses:
-            with suppress(TryAgain):
-                await self._publish(blocks)
 
     def close(self) -> None:
         """Listens for nothing any more."""

@@ -132,6 +132,7 @@ class Daemon:
                 for each in (
                     self._agent.follow_registry(),
                     self._agent.follow_config(),
+                    self._agent.follow_addresses(),
                     self._agent.hold_name(),
                     self._agent.hold_blocks(),
                     self._agent.converge_forever(),
