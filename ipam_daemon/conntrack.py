@@ -1,9 +1,9 @@
-"""Connections of UDP that conntrack remembers, forgotten by the port that they were sent to.
+"""Connections of UDP and SCTP that conntrack remembers, forgotten by the port that they were sent to.
 
 Who sends UDP to a port of the node keeps one entry alive as long as it sends: what was decided for its first packet
-holds, although the port leads to another pod now, or to one at all. So entries of exactly that port are deleted when a
-mapping comes or goes, and those of pods' VXLAN when a node becomes known. TCP needs none of this, since a new
-connection has another source port.
+holds, although the port leads to another pod now, or to one at all. Who speaks SCTP often has a port of its own that is
+configured, and begins anew from there. So entries of exactly that port are deleted when a mapping comes or goes, and
+those of pods' VXLAN when a node becomes known. TCP needs none of this, since a new connection has another source port.
 
     dump, filtered in the kernel (5.8 and later) ─▶ those of an address of the node ─▶ delete
 

@@ -1,10 +1,10 @@
 """The nft table of ports of the node that lead to pods, in the kernel. Its rules are
 ipam_daemon/hostport_rules.py's, its elements ipam_daemon/hostports.py's.
 
-    ADD   open()   ─▶ one transaction of packed messages, 0.1 ms ─▶ connections of UDP to these ports are forgotten
+    ADD   open()   ─▶ one transaction of packed messages, 0.1 ms ─▶ connections of UDP and SCTP are forgotten
     DEL   close()  ─▶ the same; no packet is sent to the pod by its mappings when it returns
     start, and each round of reconciling: ensure() ─▶ what the journal says and the kernel lacks is added, the rest goes
-                                          and connections of UDP that it misled meanwhile are forgotten
+                                          and those that it misled meanwhile are forgotten
 
 The table is made when the first mapping is, by text, in an `nft` process of 5 ms; a node that never has one never has
 the table nor the setting `route_localnet`. A table that somebody deleted or changed is mended by the next ADD or round.
@@ -49,7 +49,8 @@ from podwire.nfelements import Change, Family, Table, add, delete
 from podwire.nfnetlink import ElementRefused, Nftables
 
 _TABLE = Table(Family.INET, NAME)
-_REMEMBERED = (PROTOCOLS["udp"],)
+_REMEMBERED = (PROTOCOLS["udp"], PROTOCOLS["sctp"])
+"""Whose clients may keep their own port: what was decided for the first packet would hold for the next pod's."""
 _TO_BE_MENDED = (errno.ENOENT, errno.EBUSY, errno.EEXIST)  # no table, or the port leads elsewhere
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import ipam_daemon.conntrack
 import podwire.conntrack
 from tests.netns.hostport_fixtures import NODE, OUTSIDE, add_call, ask, dual_stack, mapping, running, serving
 from tests.netns.node_fixtures import Netns, play, pods
-from tests.netns.test_hostports import UDP_CLIENT, ids
+from tests.netns.test_hostports import RAW_SCTP, UDP_CLIENT, ids
 
 STATEFUL = """
 table inet somebody {
@@ -69,6 +69,23 @@ def test_a_repair_leaves_connections_alone_that_lead_to_the_pod(tmp_path: Path) 
                 it.node.run("nft", "flush", "chain", "inet", "podwire_hostports", "shape")
                 assert await it.attachments.mend_host_ports() == 1
                 assert ids(it.node.run(*listed, check=False)) == before != []
+
+    play(story)
+
+
+def test_an_sctp_client_with_a_port_of_its_own_meets_the_next_pod(tmp_path: Path) -> None:
+    """As signalling is configured, from 2905 to 2905: when the next pod is there, the client begins anew."""
+
+    async def story() -> None:
+        async with dual_stack(tmp_path) as (it, outside):
+            with pods(2) as (first, second):
+                for name, pod in (("first", first), ("second", second)):
+                    await it.attachments.add(add_call(name, pod, mapping(2905, 2906, "sctp")))
+                    it.node.run("sysctl", "-q", "-w", "net.netfilter.nf_conntrack_sctp_timeout_cookie_wait=600")
+                    with running(pod, RAW_SCTP, "receive") as receiver:
+                        outside.run("python3", "-IS", "-c", RAW_SCTP, "send", NODE[4], "2905")
+                        assert receiver.hear() == f"{OUTSIDE[4]} 2906", name
+                    await it.delete(name)
 
     play(story)
 
