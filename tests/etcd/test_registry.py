@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, Protocol
 
+import msgspec
 import pytest
 
 from ipam_daemon.claims import ConfigMismatch, NodeNameTaken, PoolExhausted
@@ -17,6 +18,7 @@ from ipam_daemon.model import Backend, BackendType, ClusterConfig, NodeRecord, P
 from ipam_daemon.registry import ROOT, Registry
 from ipam_daemon.registry_fake import FakeRegistry, FakeStore
 from podwire.config import ConfigError
+from podwire.errors import TryAgain
 from podwire.etcd import EtcdOptions, EtcdSession, EtcdUnavailable
 from podwire.lab.etcd import EtcdServer
 from tests.etcd.guarded import Guarded, guarded
@@ -315,6 +317,25 @@ def test_a_block_is_released_by_its_owner_alone(tell: Tell) -> None:
         assert await two.release_block(new)
         assert not await two.release_block(new), "there is nothing left"
         await two.leave()
+
+    tell(story)
+
+
+def test_a_machine_that_gets_another_name_takes_its_blocks_along_when_the_former_has_ended(tell: Tell) -> None:
+    async def story(world: World) -> None:
+        former, latter, other = [await world.join() for _ in range(3)]
+        await former.enter("a", "id-1")
+        block = await former.claim_block(POOL, "a", "id-1", 1)
+        await latter.enter("b", "id-1")
+        mine = msgspec.structs.replace(block, node="b")
+        with pytest.raises(TryAgain, match="node 'a' has it, which lives"):
+            await latter.reclaim_block(mine)
+        assert await other.load_blocks("a") == (block,), "a copy of a machine takes nothing from it"
+        await former.leave()
+        assert await latter.reclaim_block(mine) is None
+        assert (await other.load_blocks("a"), await other.load_blocks("b")) == ((), (mine,))
+        assert await other.reclaim_block(msgspec.structs.replace(block, node="c", node_id="id-9")) == "b"
+        await latter.leave()
 
     tell(story)
 
