@@ -26,8 +26,8 @@ _KIND, _OPTIONS, _BPF_FD, _BPF_NAME, _BPF_FLAGS = 1, 2, 6, 7, 8
 _DIRECT_ACTION, _ANY_PROTOCOL, _LAST = 1, 3, 0xFFFF
 _U32 = struct.Struct("=I")
 _HANDLE = 1
-PLAIN = frozenset(("noqueue", "pfifo_fast", "fq_codel", "mq", "fq", "pfifo"))
-"""Queues that a kernel gives to a link of its own accord (net.core.default_qdisc)."""
+PLAIN = frozenset(("noqueue",))
+"""What a veth has of its own accord, whatever its queues and net.core.default_qdisc: any other somebody has chosen."""
 
 
 class Qdisc(msgspec.Struct, frozen=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -29,6 +30,10 @@ def queue(kind: str) -> str:
     return f"it has a queueing discipline of somebody else ({kind})"
 
 
+EACH = Path("/proc/sys/net/core/default_qdisc").read_text().strip()
+"""What the queues of several processors are."""
+
+
 class Case(NamedTuple):
     """What `tc` has done to a link; what is said of it where what it sends counts, and where that does not; the filters
     that it has, None for one without a place for them."""
@@ -41,8 +46,10 @@ class Case(NamedTuple):
 
 CASES = {
     "as it was made": Case(()),
-    "the kernel's queue": Case(("qdisc replace dev {} root pfifo_fast",)),
-    "queues of several processors": Case(("qdisc replace dev {} root mq",)),
+    "the queue that other links have": Case(("qdisc replace dev {} root pfifo_fast",), sending=queue("pfifo_fast")),
+    "queues of several processors": Case(("qdisc replace dev {} root mq",), sending=queue(min("mq", EACH))),
+    "a short queue": Case(("qdisc replace dev {} root pfifo limit 3",), sending=queue("pfifo")),
+    "a queue that is gone again": Case(("qdisc replace dev {} root pfifo", "qdisc delete dev {} root")),
     "a limit": Case((f"qdisc replace dev {{}} root {LIMIT}",), sending=queue("tbf")),
     "classes": Case(("qdisc replace dev {} root handle 1: htb",), sending=queue("htb")),
     "a limit below classes": Case(
