@@ -5,7 +5,8 @@
 
 Source: the CNI specification 1.1.0 (section numbers in the docstrings) and its predecessors down to 0.3.1. Between them
 only the shape of the result differs: up to 0.4.0 every address says its family in `version`; `mtu` of an interface
-came with 1.1.0. Unknown keys of a configuration belong to someone else and are passed over.
+came with 1.1.0. Unknown keys of a configuration belong to someone else and are passed over. Null is as absent
+wherever a key has it: Go's plugins take it so.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from ipam_daemon.model import (
 
 VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
 DEFAULT_ROUTE = {4: "0.0.0.0/0", 6: "::/0"}
+_UNSAID_VERSION = "0.2.0"  # of a configuration without cniVersion
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\Z")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 # In a name of an interface the kernel takes 0xa0 for a space (lib/ctype.c), and completes % to another name.
@@ -114,14 +116,14 @@ class Args(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The keys of a network configuration that Podwire reads (section 1). Null is as absent, as Go's plugins take it.
+    """The keys of a network configuration that Podwire reads (section 1).
 
     `attachments` is what the Go library up to 1.2 calls `valid_attachments`. `last` says that no other plugin follows
     in the list, which a plugin is not told; it is Podwire's own key.
     """
 
     name: str
-    cni_version: str = msgspec.field(name="cniVersion", default="0.2.0")
+    cni_version: str = msgspec.field(name="cniVersion", default=_UNSAID_VERSION)
     dns: Dns | None = None
     previous: PreviousResult | None = msgspec.field(name="prevResult", default=None)
     valid_attachments: tuple[ValidAttachment, ...] | None = msgspec.field(
@@ -141,7 +143,7 @@ class LeastConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The keys that a DEL or STATUS needs. What else is ill-formed its ADD was refused for, and must not stop it."""
 
     name: str
-    cni_version: str = msgspec.field(name="cniVersion", default="0.2.0")
+    cni_version: str | None = msgspec.field(name="cniVersion", default=None)
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,9 +226,9 @@ def _parse_config(command: str, stdin: bytes) -> NetworkConfig:
     try:
         if command in ("DEL", "STATUS"):
             least = msgspec.json.decode(stdin, type=LeastConfig)
-            config = NetworkConfig(name=least.name, cni_version=least.cni_version)
+            config = NetworkConfig(name=least.name, cni_version=least.cni_version or _UNSAID_VERSION)
         else:
-            config = msgspec.json.decode(stdin, type=NetworkConfig)
+            config = msgspec.convert(_without_nulls(msgspec.json.decode(stdin)), type=NetworkConfig)
     except msgspec.ValidationError as error:
         raise InvalidConfig(f"network configuration: {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -238,6 +240,13 @@ def _parse_config(command: str, stdin: bytes) -> NetworkConfig:
     if not _NAME.match(config.name):
         raise InvalidConfig(f"name is {config.name!r}, expected [A-Za-z0-9][A-Za-z0-9_.-]*")
     return config
+
+
+def _without_nulls(plain: Any) -> Any:
+    """Decoded JSON in which no key has the value null; elements of arrays stay."""
+    if isinstance(plain, dict):
+        return {key: _without_nulls(value) for key, value in plain.items() if value is not None}
+    return [_without_nulls(each) for each in plain] if isinstance(plain, list) else plain
 
 
 def _parse_args(args: str) -> dict[str, str]:

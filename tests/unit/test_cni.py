@@ -133,6 +133,22 @@ FINE: dict[str, dict[str, Any]] = {
     "nothing, said by null": {
         "config": with_keys(dns=None, prevResult=None, runtimeConfig=None, args={"cni": None}),
     },
+    "nothing of what DNS has, said by null": {
+        "config": with_keys(dns={"nameservers": None, "domain": None, "search": None, "options": None}),
+    },
+    "nothing of a previous result, said by null": {
+        "command": "CHECK",
+        "config": with_keys(prevResult={"ips": None, "interfaces": None, "dns": None}),
+    },
+    "an interface without a MAC, said by null": {
+        "command": "CHECK",
+        "config": with_keys(prevResult={"interfaces": [{"name": "eth0", "mac": None, "sandbox": None}]}),
+    },
+    "nothing of a port mapping's address, said by null": {
+        "config": with_keys(
+            runtimeConfig={"portMappings": [{"hostPort": 80, "containerPort": 80, "protocol": None, "hostIP": None}]}
+        ),
+    },
     "nothing wished, said by null": {
         "config": with_keys(runtimeConfig={"ips": None, "mac": None}, args={"cni": {"ips": None}}),
     },
@@ -240,7 +256,8 @@ def test_a_result_in_the_shape_of_its_version(version: str) -> None:
 def test_dns_is_handed_back_as_it_came() -> None:
     dns = {"nameservers": ["10.96.0.10"], "domain": "cluster.local", "search": ["a", "b"], "options": ["ndots:5"]}
     assert result("1.0.0", dns=dns)["dns"] == dns
-    assert "dns" not in result("1.0.0", dns={})
+    for nothing in ({}, {"nameservers": None, "search": None}):
+        assert "dns" not in result("1.0.0", dns=nothing)
 
 
 def test_a_result_can_come_back_as_the_previous_one() -> None:
