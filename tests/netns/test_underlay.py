@@ -11,26 +11,34 @@ from pathlib import Path
 
 import pytest
 
+from ipam_daemon.dataplane import DataPlane
 from ipam_daemon.devices import Devices
 from ipam_daemon.errors import PlumbingFailed
+from ipam_daemon.model import Pool
+from ipam_daemon.settings import Settings
 from ipam_daemon.underlay import Underlay, UnderlayWatch, default_addresses, find_underlay, look_at_addresses
+from podwire.etcd.options import EtcdOptions
 from tests.netns.node_fixtures import Node, bridge_plan, engine, key, play, pods
 
+POOL = Pool(cidr=ipaddress.ip_network("10.244.0.0/16"))
+NO_ETCD = EtcdOptions(endpoints=("http://127.0.0.1:1",))
 SIX = bridge_plan(ipaddress.ip_network("fd00:10:244:1::/64"))
+
+
+UNDERLAY = (
+    "link add under0 type veth peer name under1",
+    "link set under0 up",
+    "link set under1 up",
+    "addr add 192.0.2.1/24 dev under0",
+    "addr add 2001:db8::1/64 dev under0 nodad",
+)
 
 
 @asynccontextmanager
 async def node(*more: str) -> AsyncIterator[Node]:
     """A node with an underlay of both families on `under0`."""
     async with Node() as made:
-        for words in (
-            "link add under0 type veth peer name under1",
-            "link set under0 up",
-            "link set under1 up",
-            "addr add 192.0.2.1/24 dev under0",
-            "addr add 2001:db8::1/64 dev under0 nodad",
-            *more,
-        ):
+        for words in (*UNDERLAY, *more):
             made.ip(*words.split())
         yield made
 
@@ -63,6 +71,26 @@ def test_the_addresses_that_a_node_finds(more: list[str], found: list[str]) -> N
     async def story() -> None:
         async with node(*more) as it:
             assert text(await it.thread.run(default_addresses, it.thread)) == found
+
+    play(story)
+
+
+def test_two_that_look_at_once_find_each_address_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with engine(tmp_path) as it:
+            for words in (*UNDERLAY, "route add default via 192.0.2.254", "route add default via 2001:db8::fe"):
+                it.node.ip(*words.split())
+            plane = DataPlane(
+                settings=Settings(node="node-1", etcd=NO_ETCD, pools=(POOL,)),
+                attachments=it.attachments,
+                thread=it.node.thread,
+                wires=it.wires,
+                metrics=it.metrics,
+                changed=asyncio.Event().set,
+            )
+            await asyncio.gather(plane.find_addresses(), plane.find_addresses())
+            assert text(plane.addresses) == ["192.0.2.1", "2001:db8::1"]
+            plane.close()
 
     play(story)
 
