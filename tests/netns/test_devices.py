@@ -146,6 +146,11 @@ ROUTES = {  # what somebody does → what is put back, and what there is beside 
         "4",
         {"10.244.1.0/24 dev pw0 scope link"},
     ),
+    "one of another metric that only looks like the kernel's": (
+        ["route del fd00:10:244:1::/64 dev pw0", "route add fd00:10:244:1::/64 dev pw0 proto kernel metric 1024"],
+        "6",
+        {"fd00:10:244:1::/64 dev pw0 proto kernel metric 1024 pref medium"},
+    ),
     "others of another metric": (
         ["route add 10.244.1.0/24 via 192.0.2.9 metric 7", "route add fd00:10:244:1::/64 via 2001:db8::9 metric 1024"],
         "",
