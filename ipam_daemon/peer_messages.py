@@ -116,14 +116,16 @@ def delete_fdb(index: int, mac: bytes) -> Message:
     return Message(_DELNEIGH, 0, body, "FDB entry")
 
 
-def set_route(network: bytes, way: bytes) -> Message:
-    """Adds or changes a route of ours in the main table."""
+def set_route(network: bytes, way: bytes, there: bool = True) -> Message:
+    """Adds a route of ours to the main table, or changes it if it is `there`. EEXIST for one that is not, where another
+    leads to the same network with the same metric, which is somebody else's."""
     flags, index = _WAY.unpack_from(way)
     body = _ROUTE.pack(
         _FAMILY[len(network) - 1], network[0], 0, 0, _TABLE_MAIN, ROUTE_PROTOCOL, _SCOPE_UNIVERSE, _UNICAST, flags
     )
     body += attribute(_RTA_DST, network[1:]) + attribute(_RTA_GATEWAY, way[_WAY.size :])
-    return Message(_NEWROUTE, _CREATE | _REPLACE, body + attribute(_RTA_OIF, _U32.pack(index)), "route")
+    how = _CREATE | (_REPLACE if there else _EXCL)
+    return Message(_NEWROUTE, how, body + attribute(_RTA_OIF, _U32.pack(index)), "route")
 
 
 def reach_gateway(way: bytes) -> tuple[Message, Message]:

@@ -156,7 +156,7 @@ class Peers:
             raise _NotYet("its device is gone")
         if onlink and gateway is not None and gateway.packed not in self._neighbours.actual:
             raise _NotYet(f"its gateway {gateway} has no neighbour entry yet")
-        return _Change(messages.set_route(key, way))
+        return _Change(messages.set_route(key, way, there=key in self._routes.actual))
 
     def _set_route_again(self, key: bytes, way: bytes) -> _Change:
         change, (gateway, _, onlink) = self._set_route(key, way), messages.unpack_way(way)
@@ -273,6 +273,8 @@ def _name_of(index: int) -> str:
 
 
 def _told(what: str, code: int) -> str:
+    if code == errno.EEXIST:
+        return f"{what}: there is one already that is somebody else's"
     return f"{what}: {errno.errorcode.get(code, code)}: {os.strerror(code)}"
 
 

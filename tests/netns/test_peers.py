@@ -13,7 +13,7 @@ import pytest
 
 from ipam_daemon.allocator import Layout
 from ipam_daemon.devices import Devices
-from ipam_daemon.errors import PlumbingFailed
+from ipam_daemon.errors import EntriesRefused, PlumbingFailed
 from ipam_daemon.model import BackendType, Block, ClusterConfig, NodeRecord, Pool
 from ipam_daemon.peer_table import PeerTable, Touched
 from ipam_daemon.peers import Peers
@@ -222,6 +222,32 @@ def test_a_route_waits_for_its_neighbour_and_is_made_when_that_is_there() -> Non
             assert state(node)[0] == of(3)[0]
             touched = Touched(neighbours=frozenset(plan.neighbours))
             assert await node.thread.run(peers.apply, plan, touched) == 2, "what was refused is still pending"
+            assert state(node) == of(2, 3)
+
+    play(story)
+
+
+SOMEBODYS = {
+    "by another gateway": "route add 10.244.2.0/24 via 192.0.2.50 dev under0 proto static",
+    "to nowhere": "route add blackhole 10.244.2.0/24",
+    "to a bridge of somebody's": "route add 10.244.2.0/24 dev under0 scope link",
+}
+
+
+@pytest.mark.parametrize("name", SOMEBODYS)
+def test_a_route_of_somebody_else_to_a_peers_block_stays_and_is_told_of(name: str) -> None:
+    async def story() -> None:
+        async with node_1() as (node, peers):
+            node.ip(*SOMEBODYS[name].split())
+            before = [each for each in node.json("route") if each["dst"] == "10.244.2.0/24"]
+            for _ in range(2):  # when the daemon starts, and when it tries again
+                with pytest.raises(EntriesRefused, match=r"^route 10\.244\.2\.0/24: there is one already"):
+                    await apply(node, peers, plan_peers([record(2), record(3)]), resync=True)
+            await apply(node, peers, plan_peers([record(3)]))
+            assert [each for each in node.json("route") if each["dst"] == "10.244.2.0/24"] == before
+            assert state(node) == of(3)
+            node.ip("route", "del", "10.244.2.0/24")
+            await apply(node, peers, plan_peers([record(2), record(3)]))
             assert state(node) == of(2, 3)
 
     play(story)
