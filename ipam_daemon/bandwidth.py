@@ -12,6 +12,7 @@ The queue is on the node, where nobody in the pod can take it away. What else wa
 **Which limit.** Rates are bits a second, bursts are bits, as the capability has it; the configuration's own keys go
 before those of the runtime, as the reference has it. What may wait in a queue is what the rate sends in 25 ms, and the
 burst up to 256 kB of it: runtimes ask for a burst of 512 MB, and a queue of that size would delay a packet by minutes.
+A bucket has room for a packet of the wire's MTU at least: an ADD that asks for less is refused, but the MTU may grow.
 
 Source: the CNI conventions, capability `bandwidth`; net/sched/sch_tbf.c; linux/pkt_sched.h.
 """
@@ -122,15 +123,15 @@ def wire_of(ifb: str) -> str:
 
 
 def queues(attachment: Attachment) -> tuple[Queue, ...]:
-    """The queues of an attachment; none for one without limits."""
+    """The queues of an attachment; none for one without limits. They depend on its MTU when a burst is smaller."""
     to_pod, from_pod = queue_names(attachment.host_ifname)
-    asked = attachment.bandwidth
+    asked, least = attachment.bandwidth, attachment.mtu + _FRAME
     found = (
         (to_pod, True, asked.ingress_rate, asked.ingress_burst),
         (from_pod, False, asked.egress_rate, asked.egress_burst),
     )
     return tuple(
-        Queue(ifname=name, to_pod=towards, bucket=Bucket(rate=rate // _BITS, burst=burst // _BITS))
+        Queue(ifname=name, to_pod=towards, bucket=Bucket(rate=rate // _BITS, burst=max(burst // _BITS, least)))
         for name, towards, rate, burst in found
         if rate
     )

@@ -14,6 +14,7 @@ import errno
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from msgspec.structs import replace
 from pyroute2.netlink.exceptions import NetlinkError
 
 from ipam_daemon import tc
@@ -57,6 +58,16 @@ class Shaper:
             raise PlumbingFailed(
                 f"limiting {host_ifname}: {errno.errorcode.get(error.errno or 0)}: {error.strerror}{why}"
             ) from error
+
+    def resize(self, attachment: Attachment, mtu: int) -> None:
+        """Fits the queues of a wire to another MTU, in bytes, where they were made for the one that it has; no packet
+        is lost. What is not as it was made is left to the next round."""
+        for known, wanted in zip(queues(attachment), queues(replace(attachment, mtu=mtu)), strict=True):
+            index = index_of(wanted.ifname)
+            if index and wanted != known:
+                change = replace(tc.add_bucket(index, wanted.bucket), flags=0)  # of the one that is there
+                with naming(f"queue of {wanted.ifname}"), tolerating(errno.ENODEV, errno.ENOENT, errno.EINVAL):
+                    self._thread.channel.exchange([change])
 
     def doom(self, host_ifname: str, group: int) -> list[Message]:
         """The messages that put a wire's ifb devices into the group of links to delete; none when it has none."""

@@ -235,9 +235,10 @@ class Wires:
 
     def resize(self, attachment: Attachment, mtu: int) -> None:
         """Gives both ends this MTU, in bytes: the pod's first when it shrinks, so that it sends nothing that its other
-        end would drop, last when it grows. An end that somebody gave another MTU keeps it; one that is gone is fine."""
-        ends = [self._resize_pods_end, self._resize_hosts_end]
-        for resize in ends if mtu < attachment.mtu else reversed(ends):
+        end would drop, last when it grows; and its queues. An end that somebody gave another MTU keeps it; one that is
+        gone is fine."""
+        steps = [self._resize_pods_end, self._resize_hosts_end, self._shaper.resize]
+        for resize in steps if mtu < attachment.mtu else reversed(steps):
             resize(attachment, mtu)
 
     def _resize_hosts_end(self, attachment: Attachment, mtu: int) -> None:

@@ -268,3 +268,34 @@ def test_a_burst_that_no_packet_fits_into_is_refused(tmp_path: Path) -> None:
                 assert (it.journal.attachments(), pod.links(), it.counts()["used"]) == ((), set(), 0)
 
     play(story)
+
+
+def bursts(it: Engine) -> dict[str, int]:
+    """ifb device → the burst of its queue in bytes, which tc rounds to what the rate sends in a microsecond."""
+    found = json.loads(it.node.run("tc", "-j", "qdisc", "show"))
+    return {each["dev"]: each["options"]["burst"] for each in found if wire_of(each["dev"])}
+
+
+def test_a_burst_grows_with_the_mtu_and_shrinks_with_it(tmp_path: Path) -> None:
+    """A packet that does not fit into it would never be sent, and nobody would be told."""
+
+    async def story() -> None:
+        async with engine(tmp_path) as it:
+            with pods(1) as (pod,):
+                small = msgspec.structs.replace(LIMITS, egress_burst=12_000)
+                result = json.loads(await it.attachments.add(add_call("pod", pod, bandwidth=small)))
+                to_pod, from_pod = queue_names(await host_end(it, "pod"))
+                as_asked = {to_pod: 4 * MBIT // 8, from_pod: 1500}
+                for mtu, size, expected in ((8950, 8900, {**as_asked, from_pod: 8964}), (1400, 1300, as_asked)):
+                    await it.attachments.resize(mtu, only_shrink=True)
+                    it.node.ip("link", "set", "pw0", "mtu", str(mtu))
+                    await it.attachments.resize(mtu)
+                    assert bursts(it) == pytest.approx(expected, abs=9)
+                    await it.attachments.check(check_call(pod, result))
+                    assert "1 received" in pod.run(*f"ping -nc1 -W10 -Mdo -s{size} 10.244.1.1".split())
+                it.node.run(*f"tc qdisc del dev {from_pod} root".split())
+                await it.attachments.resize(8950)
+                await it.reconciler.round()
+                assert bursts(it)[from_pod] == pytest.approx(8964, abs=9), "it is made for the MTU that is there"
+
+    play(story)
