@@ -243,9 +243,10 @@ class Attachments:
             self.mtu = mtu
         failures: list[CniError] = []
         for each in self._journal.attachments():
-            if each.mtu > mtu or (each.mtu < mtu and not only_shrink):
+            wanted = min(mtu, each.mtu) if only_shrink else mtu
+            if each.resizing or each.mtu != wanted:
                 try:
-                    await self._resize_one(each.key, mtu)
+                    await self._resize_one(each.key, wanted)
                 except CniError as error:
                     failures.append(error)
                 except sqlite3.Error as error:
@@ -256,8 +257,16 @@ class Attachments:
     async def _resize_one(self, key: AttachmentKey, mtu: int) -> None:
         async with self._turns.of(key):
             row = self._journal.get(key)
-            if row is not None and row.state is AttachmentState.ATTACHED and row.mtu != mtu and row.netns:
+            if row is None or row.state is not AttachmentState.ATTACHED or not row.netns:
+                return
+            if row.resizing:  # it was not finished; what either end has of it is ours, and not somebody's who came by
+                await self._thread.run(self._wires.resize, msgspec.structs.replace(row, mtu=row.resizing), row.mtu)
+                row = msgspec.structs.replace(row, resizing=0)
+                self._journal.replace(row)
+            if row.mtu != mtu:
+                self._journal.replace(msgspec.structs.replace(row, resizing=mtu))
                 await self._thread.run(self._wires.resize, row, mtu)
+                point("mtu.resized")
                 self._journal.replace(msgspec.structs.replace(row, mtu=mtu))
 
     # --- blocks that went to another node

@@ -53,6 +53,7 @@ POINTS: Final = {
     "reap.cooled": "the addresses cool",
     "queue.replayed": "a queued DEL is done, its file is still there",
     "queue.removed": "the file of a queued DEL is gone, its folder not synced",
+    "mtu.resized": "both ends of a wire have another MTU, the journal says that they are being given it",
     "block.claimed": "etcd says that the block is this node's, the journal does not",
     "block.journaled": "the journal has the node's blocks, the peers were not told",
     "block.published": "the peers were told of the node's blocks, its bridge lacks the gateway",

@@ -186,13 +186,15 @@ class Bandwidth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attachment(msgspec.Struct, frozen=True, kw_only=True):
-    """One interface of one container. `addresses` carry their block's prefix length, one per family."""
+    """One interface of one container. `addresses` carry their block's prefix length, one per family; `resizing` is the
+    MTU that the wire is being given (0: none), and until it is done each end has that or `mtu`."""
 
     key: AttachmentKey
     netns: str
     host_ifname: str
     mac: str
     mtu: int
+    resizing: int = 0
     addresses: tuple[Interface, ...]
     pod: PodRef = PodRef()
     port_mappings: tuple[PortMapping, ...] = ()

@@ -6,6 +6,7 @@ again, and for each point the same holds:
     the runtime got an answer that is true, or error 11, or a DEL that is owed and paid
     after the runtime's own DEL of what failed nothing is held: no address, no wire, no row
     no two pods have one address
+    the pod that was there all the time has the MTU of the others
     a ping at 100 a second and a TCP stream of another pod of the node notice nothing
     an ADD works again
 
@@ -15,6 +16,7 @@ One lab serves all, with blocks so small that they are claimed and returned with
 from __future__ import annotations
 
 import ast
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -183,6 +185,17 @@ def killed_returning(scene: Scene, point: str) -> dict[str, Answer]:
     return {}
 
 
+def killed_resizing(scene: Scene, point: str) -> dict[str, Answer]:
+    """The underlay has its former MTU again before the next daemon looks."""
+    scene.arm(point)
+    on_node(scene.lab, "node1", "ip", "link", "set", "eth0", "mtu", "1600")
+    try:
+        scene.wait_dead()
+    finally:
+        on_node(scene.lab, "node1", "ip", "link", "set", "eth0", "mtu", "1500")
+    return {}
+
+
 STORIES: dict[Story, tuple[str, ...]] = {
     killed_starting: (
         "start.restored",
@@ -223,6 +236,7 @@ STORIES: dict[Story, tuple[str, ...]] = {
     killed_replaying: ("queue.replayed", "queue.removed"),
     killed_claiming: ("block.claimed", "block.journaled", "block.published", "block.plumbed"),
     killed_returning: ("block.retired", "block.journaled", "block.published", "block.plumbed", "block.released"),
+    killed_resizing: ("mtu.resized",),
 }
 QUICK = {
     "start.restored",
@@ -238,6 +252,7 @@ QUICK = {
     "reap.deleted",
     "queue.replayed",
     "block.claimed",
+    "mtu.resized",
 }
 CASES = [
     pytest.param(
@@ -306,12 +321,19 @@ def runtime_deletes(scene: Scene) -> None:
     )
     process.wait_for(lambda: bound(scene) == 1, PATIENCE, "what no pod may send as any more to be gone")
     assert "chain" not in on_node(scene.lab, "node1", "nft", "list", "ruleset", "netdev").stdout
+    process.wait_for(
+        lambda: mtu_of(scene.talker) == status(scene.lab, "node1").mtu, PATIENCE, "the MTU to be everybody's"
+    )
     assert [box.name for box in scene.boxes if "eth0" in box.links()] == []
 
 
 def bound(scene: Scene) -> int:
     """How many addresses pods may send as."""
     return on_node(scene.lab, "node1", "nft", "list", "set", "bridge", "podwire", "bound4").stdout.count('"') // 2
+
+
+def mtu_of(box: Container) -> int:
+    return int(json.loads(box.run("ip", "-j", "link", "show", "eth0").stdout)[0]["mtu"])
 
 
 def ports_of_the_node(scene: Scene) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ipam_daemon import faults
 from ipam_daemon.dataplane import DataPlane
 from ipam_daemon.devices import Devices
 from ipam_daemon.errors import PlumbingFailed
@@ -304,6 +305,58 @@ def test_a_wire_gets_another_mtu_at_both_ends_unless_somebody_gave_it_one(tmp_pa
                 row = it.journal.get(key("a"))
                 assert row is not None
                 assert row.mtu == 1450
+
+    play(story)
+
+
+class Killed(BaseException):
+    """The daemon is no more."""
+
+
+AFTERWARDS = {  # where it is killed, and what the next daemon brings the wires to
+    "the former MTU, and it was done": ("mtu.resized", 1450),
+    "a smaller one, and it was done": ("mtu.resized", 1300),
+    "a larger one, and it was done": ("mtu.resized", 1500),
+    "the former MTU, and one end had it": ("one end", 1450),
+    "a smaller one, and one end had it": ("one end", 1300),
+    "the same, and one end had it": ("one end", 1400),
+}
+
+
+@pytest.mark.parametrize("given", [1400, 1480], ids=["shrinking", "growing"])
+@pytest.mark.parametrize(("place", "then"), AFTERWARDS.values(), ids=AFTERWARDS.keys())
+def test_a_wire_that_was_being_resized_is_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, then: int, given: int
+) -> None:
+    """The daemon is killed when an end has another MTU and the journal has none of it; a pod that somebody gave another
+    keeps it all the same."""
+
+    def die(reached: object, *_: object) -> None:
+        if reached == place or place == "one end":
+            raise Killed
+
+    async def story() -> None:
+        async with engine(tmp_path) as it:
+            with pods(2) as (a, b):
+                port = (await it.add("a", a.path))["interfaces"][0]["name"]
+                await it.add("b", b.path)
+                b.ip("link", "set", "eth0", "mtu", "1280")
+                with monkeypatch.context() as patch:
+                    patch.setattr(faults, "_trap", die)
+                    if place == "one end":  # the second that is set
+                        patch.setattr(it.wires, "_resize_hosts_end" if given < 1450 else "_resize_pods_end", die)
+                    with pytest.raises(Killed):
+                        await it.attachments.resize(given)
+                following = await it.restarted().start()
+                try:
+                    for only_shrink in (True, False):
+                        await following.attachments.resize(then, only_shrink=only_shrink)
+                    assert a.json("link", "show", "eth0")[0]["mtu"] == then
+                    assert it.node.json("link", "show", port)[0]["mtu"] == then
+                    assert b.json("link", "show", "eth0")[0]["mtu"] == 1280
+                    assert {(each.mtu, each.resizing) for each in following.journal.attachments()} == {(then, 0)}
+                finally:
+                    following.journal.close()
 
     play(story)
 
