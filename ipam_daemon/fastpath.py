@@ -5,10 +5,11 @@
     DEL          the pod leaves the map before its wire is killed                          2 µs an address
 
 It is no part of a pod's network, which is whole without it: an ADD waits for none of it, and what fails of it is said
-in the status and tried again. A pod is known as long as nobody else looks at its port's packets, from the next round on
-where the place for filters was made with its port (wires.py), and otherwise some seconds after its ADD, when plugins
-that follow in the chain have done what they do: there the program comes by TCX, for which the kernel takes ten
-milliseconds. No place is ever made at a link that is in use, since that costs packets (ADR 0009).
+in the status and tried again. A pod is known as long as the bridge forwards for its port and nobody else looks at the
+port's packets: from the next round on where the place for filters was made with its port (wires.py), and otherwise some
+seconds after its ADD, when plugins that follow in the chain have done what they do. There the program comes by TCX, for
+which the kernel takes ten milliseconds. No place is ever made at a link that is in use, since that costs packets (ADR
+0009).
 
 The programs stay with ports and VXLAN device when the daemon ends, and pass everything on when its lease has run out,
 half a minute later: until then nothing of what they know can become wrong, since addresses are given by the daemon
@@ -35,7 +36,7 @@ import os
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import msgspec
 
@@ -397,8 +398,10 @@ class FastPath:
     def _look_at_ports(self, onlookers: Onlookers, wanted: dict[str, Attachment], young: Set[str]) -> None:
         """Takes the programs from known ports that are somebody else's business now, and finds the new ones."""
         for name, port in list(self._ports.items()):
-            gone = name not in wanted or not onlookers.is_there(port.ifindex)
-            if gone or not self._guide(onlookers, port.ifindex, name):
+            there = name in wanted and onlookers.is_there(port.ifindex)
+            if not (
+                there and self._forwards(onlookers, port.ifindex, name) and self._guide(onlookers, port.ifindex, name)
+            ):
                 self.forget(name)
         present = {port.ifindex for port in self._ports.values()} | {index_of(VXLAN)}
         self._attached = {index: where for index, where in self._attached.items() if index in present}
@@ -415,8 +418,8 @@ class FastPath:
             if admitted >= _AT_A_TIME:
                 break
             del self._waiting[name]
-            index = self._new_port(name)
-            if index and self._guide(onlookers, index, name):
+            index = index_of(name)
+            if index and self._forwards(onlookers, index, name) and self._guide(onlookers, index, name):
                 self._admit(name, index, wire)
                 admitted += 1 if onlookers.has_filters(index) else _AT_A_TIME
         self.passed_over = dict(self._left_alone)
@@ -433,15 +436,15 @@ class FastPath:
             self._left_alone[ifname] = str(error)
             return False
 
-    def _new_port(self, name: str) -> int:
-        """The index of a wire's end on the node, 0 for one that is gone or dead."""
-        index = index_of(name)
-        if not index:
-            return 0
-        with suppress(OSError):  # it is gone since
-            (link,) = self._thread.channel.exchange([get_link(index)])
-            return index if self._node and read_link(link).is_port_of(self._node.bridge) else 0
-        return 0
+    def _forwards(self, onlookers: Onlookers, ifindex: int, ifname: str) -> bool:
+        """Whether the bridge does what the program is to do in its place."""
+        try:
+            forwarded = self._node is not None and onlookers.is_forwarded(ifindex, self._node.bridge)
+        except OSError:  # it is gone since
+            return False
+        if not forwarded:
+            self._left_alone[ifname] = "the bridge does not forward for it"
+        return forwarded
 
     def _admit(self, name: str, ifindex: int, wire: Attachment) -> None:
         port = _Port(ifindex, tuple(pod_key(each.ip) for each in wire.addresses))

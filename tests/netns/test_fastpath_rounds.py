@@ -26,6 +26,7 @@ from ipam_daemon.fastpath import FastPath, read_conntrack
 from ipam_daemon.fastpath_program import Where, render_nothing
 from ipam_daemon.model import Attachment
 from ipam_daemon.netlink import index_of
+from ipam_daemon.onlookers import Onlookers
 from ipam_daemon.plan import FirewallPlan, NodePlan, PeersPlan, RoutePlan
 from podwire.bpf import kernel, tcx
 from podwire.bpf.syscall import bpf
@@ -475,6 +476,67 @@ def test_ports_that_are_passed_over_are_no_work(tmp_path: Path) -> None:
             for _ in range(2):
                 assert (await its.round(), its.path.known) == (True, 1)
                 assert its.path.passed_over.keys() >= set(its.ports[:20])
+
+    play(story)
+
+
+# --- ports ----------------------------------------------------------------------------------------------------------
+
+
+def set_link(*words: str) -> Callable[[Place, str], object]:
+    return lambda its, port: its.node.ip("link", "set", port, *words)
+
+
+def set_port(*words: str) -> Callable[[Place, str], object]:
+    return lambda its, port: its.node.run("bridge", "link", "set", "dev", port, *words)
+
+
+PORTS = {
+    "no port any more": (set_link("nomaster"), set_link("master", "pw0")),
+    "another bridge's": (set_link("master", "other"), set_link("master", "pw0")),
+    "blocking": (set_port("state", "0"), set_port("state", "3")),
+    "learning": (set_port("state", "2"), set_port("state", "3")),
+    "isolated": (set_port("isolated", "on"), set_port("isolated", "off")),
+    "down": (set_link("down"), set_link("up")),
+}
+
+
+def test_what_the_bridge_does_not_forward_does_not_go_past_it(tmp_path: Path) -> None:
+    """A port that is known, and one that is new; both are fast with the round after it is over."""
+
+    async def story() -> None:
+        async with place(tmp_path, True, False, True) as its:
+            its.node.ip("link", "add", "other", "up", "type", "bridge")
+            await its.rounds()
+            with its.talk(0, 1) as talk, its.talk(0, 2) as aside:
+                for name, (put, back) in PORTS.items():
+                    for port in its.ports[:2]:
+                        put(its, port)
+                        for _ in range(2):
+                            await its.rounds()
+                            assert its.path.passed_over[port] == "the bridge does not forward for it", name
+                            assert its.path.known == 2, name
+                        back(its, port)
+                        await its.rounds()
+                        assert (its.path.passed_over.keys() & set(its.ports), its.path.known) == (set(), 3), name
+                        assert (await its.fast(talk), await its.fast(aside)) == (20, 20), name
+
+    play(story)
+
+
+def test_ports_that_come_and_go_under_a_look_are_asked_for_one_by_one(tmp_path: Path) -> None:
+    """A dump may leave out what was there all the time."""
+
+    async def story() -> None:
+        async with place(tmp_path, True, True) as its:
+            await its.rounds()
+
+            def look() -> list[bool]:
+                onlookers, bridge = Onlookers(its.node.thread), index_of("pw0")
+                onlookers._ports.clear()
+                return [onlookers.is_forwarded(index_of(each), bridge) for each in (*its.ports, "pw0", "lo")]
+
+            assert await its.run(look) == [True, True, False, False]
 
     play(story)
 
