@@ -230,6 +230,10 @@ def _bridge(facts: Facts) -> Iterator[Difference]:
     yield from _changed("bridge-changed", plan.name, wrong)
     for each, says in _addresses_of(link, plan, "a gateway"):
         yield difference("bridge-address", f"{each} on {plan.name}", kernel=says[0], daemon=says[1])
+    if link.up:  # else it has none, and no address of IPv6
+        for each in plan.addresses:
+            if each in link.addresses and each.network not in link.connected:
+                yield difference("bridge-route", f"{each.network} on {plan.name}", kernel="absent", daemon="wanted")
 
 
 def _vxlan(facts: Facts) -> Iterator[Difference]:

@@ -126,6 +126,7 @@ KINDS: dict[str, Kind] = {
     "bridge-missing": Kind("somebody deleted the bridge", _NETWORK + ", and the pods' ports into it"),
     "bridge-changed": Kind("somebody changed the bridge", _NETWORK),
     "bridge-address": Kind("somebody changed the bridge's addresses", _NETWORK),
+    "bridge-route": Kind("somebody deleted the route to the node's own pods, or put another in its place", _NETWORK),
     "vxlan-missing": Kind("somebody deleted the device", _NETWORK),
     "vxlan-changed": Kind("somebody changed the device", _NETWORK),
     **_ENTRIES,

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import msgspec
 
 from ipam_daemon.hostports import TableState
-from ipam_daemon.model import Address, Attachment, AttachmentKey, Block, Interface, NodeRecord
+from ipam_daemon.model import Address, Attachment, AttachmentKey, Block, Interface, Network, NodeRecord
 from ipam_daemon.plan import NodePlan, PeersPlan
 from ipam_daemon.ruleset import FirewallState
 from ipam_daemon.spoofguard import GuardState
@@ -25,7 +25,8 @@ from ipam_daemon.spoofguard import GuardState
 class Link(msgspec.Struct, frozen=True, kw_only=True):
     """A link of the node's namespace. `master` is a name, `doomed` says that it is in the group of wires to delete.
 
-    `tunnel` is "VNI PORT LOCAL" of a VXLAN device; `filtered` says that a bridge hands its packets to the firewall.
+    `tunnel` is "VNI PORT LOCAL" of a VXLAN device; `filtered` says that a bridge hands its packets to the firewall,
+    `connected` which networks the kernel's own routes over our bridge lead to.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     tunnel: str = ""
     filtered: bool = False
     addresses: frozenset[Interface] = frozenset()
+    connected: frozenset[Network] = frozenset()
 
 
 class Kernel(msgspec.Struct, frozen=True, kw_only=True):

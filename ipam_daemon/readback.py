@@ -1,7 +1,7 @@
 """The node's namespace, read back for an audit: its links, the entries towards other nodes, our nft tables, sysctls.
 
-Two dumps (links, addresses) serve all pods. Nothing is changed, and nothing of others is looked at
-but to be told from ours.
+Two dumps (links, addresses) serve all pods, and one a family the routes over the bridge. Nothing is changed, and
+nothing of others is looked at but to be told from ours.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
+
+from ipam_daemon.connected import connected_routes
 from ipam_daemon.errors import PlumbingFailed
 from ipam_daemon.facts import Kernel, Link
 from ipam_daemon.firewall import Firewall
 from ipam_daemon.guard import read_guard
 from ipam_daemon.hostport_table import read_table
 from ipam_daemon.model import Interface, Network
-from ipam_daemon.netlink import NetlinkThread
+from ipam_daemon.netlink import NetlinkThread, index_of
 from ipam_daemon.peers import Peers
-from ipam_daemon.plan import PeersPlan
+from ipam_daemon.plan import BRIDGE, PeersPlan
 from ipam_daemon.wires import DOOMED_GROUP
 
 
@@ -44,10 +47,14 @@ def _links(thread: NetlinkThread) -> dict[str, Link]:
         addresses[each["index"]].add(ipaddress.ip_interface(f"{each.get('address')}/{each['prefixlen']}"))
     links = list(thread.host.get_links())
     names = {each["index"]: str(each.get("ifname")) for each in links}
-    return {
+    found = {
         names[each["index"]]: _link(each, names.get(each.get("master"), ""), frozenset(addresses[each["index"]]))
         for each in links
     }
+    if BRIDGE in found and (index := index_of(BRIDGE)):
+        versions = {each.version for each in found[BRIDGE].addresses}
+        found[BRIDGE] = msgspec.structs.replace(found[BRIDGE], connected=connected_routes(index, versions))
+    return found
 
 
 def _link(link: Any, master: str, addresses: frozenset[Interface]) -> Link:

@@ -133,6 +133,10 @@ DAMAGES: dict[str, tuple[str, set[str]]] = {
         f"ip neigh del {_VTEP} dev pw-vxlan; bridge fdb del {_FDB} dev pw-vxlan; ip route del {_PEER_ROUTE} proto 80",
         {"neighbour-missing", "fdb-missing", "route-missing"},
     ),
+    "the routes to the node's own pods are deleted": (
+        "for cidr in $(ip -4 route show dev pw0 proto kernel | cut -d' ' -f1); do ip route del $cidr dev pw0; done",
+        {"bridge-route"},
+    ),
     "entries that no node has are added, and one is bent": (
         f"ip neigh replace {_VTEP} dev pw-vxlan lladdr 02:00:00:00:00:01 nud permanent;"
         "ip neigh add 10.99.0.2 dev pw-vxlan lladdr 02:00:00:00:00:02 nud permanent;"

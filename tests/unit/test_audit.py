@@ -82,7 +82,13 @@ PLAN = plan_node(
 )
 assert PLAN.peers is not None
 BRIDGE = Link(
-    name="pw0", kind="bridge", mac=PLAN.bridge.mac, mtu=1450, filtered=True, addresses=frozenset(PLAN.bridge.addresses)
+    name="pw0",
+    kind="bridge",
+    mac=PLAN.bridge.mac,
+    mtu=1450,
+    filtered=True,
+    addresses=frozenset(PLAN.bridge.addresses),
+    connected=frozenset({CIDR}),
 )
 VXLAN = Link(
     name="pw-vxlan",
@@ -313,6 +319,14 @@ STORIES: dict[str, tuple[Change, set[tuple[str, str]]]] = {
     "somebody else's address on the bridge": (
         links(msgspec.structs.replace(BRIDGE, addresses=BRIDGE.addresses | {ipaddress.ip_interface("fe80::1/64")})),
         set(),
+    ),
+    "no route to its own pods": (
+        links(msgspec.structs.replace(BRIDGE, connected=frozenset())),
+        {("bridge-route", "10.244.1.0/24 on pw0")},
+    ),
+    "a bridge that is down, and so has no routes": (
+        links(msgspec.structs.replace(BRIDGE, up=False, connected=frozenset())),
+        {("bridge-changed", "pw0")},
     ),
     "no VXLAN device": (links(without="pw-vxlan"), {("vxlan-missing", "pw-vxlan")}),
     "another tunnel": (
