@@ -400,6 +400,8 @@ class Attachments:
             return
         point("undo.begun")
         self._podwatch.withdraw(attachment.key)
+        if attachment.port_mappings:
+            await self._host_ports.close(attachment)  # a round may have opened them since the intent
         self._journal.forget(attachment.key)
         point("undo.forgotten")
         self.addresses.give_back(attachment.addresses)
