@@ -304,6 +304,14 @@ class Histories(RuleBasedStateMachine):
             self.used.add(wanted)
             self.last[str(wanted.network)] = wanted.ip
 
+    @precondition(lambda self: self.cooling)
+    @rule(data=st.data())
+    def ask_for_a_cooling_one_and_fail(self, data: st.DataObject) -> None:
+        """It goes on cooling, whatever the time is; one that has cooled is free."""
+        wanted = data.draw(st.sampled_from(sorted(self.cooling)))
+        self.real.give_back(self.real.allocate(self.now, [wanted.ip]))
+        self.last[str(wanted.network)] = wanted.ip
+
     @precondition(lambda self: self.used)
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
