@@ -134,16 +134,23 @@ def _host_ip(where: str, text: str | None) -> Address | None:
     if not text:
         return None
     try:
-        address = ipaddress.ip_address(text)
+        written = ipaddress.ip_address(text)
     except ValueError as error:
         raise InvalidConfig(f"{where}.hostIP is {text!r}, expected an address such as 192.0.2.1") from error
+    address = unmapped(written)
     if address.version == 6 and address.is_loopback:
         raise UnsupportedField(
             f"{where}.hostIP is {text!r}: the kernel takes nothing from ::1 to another link; 127.0.0.1 can be had"
         )
-    if address.is_multicast or getattr(address, "scope_id", None):
+    if address.is_multicast or getattr(written, "scope_id", None):
         raise InvalidConfig(f"{where}.hostIP is {text!r}, expected an address of the node")
     return address
+
+
+def unmapped(address: Address) -> Address:
+    """192.0.2.1 for ::ffff:192.0.2.1, which is no address of a packet but how IPv6 writes one
+    of IPv4 (RFC 4291, 2.5.5.2)."""
+    return (address.ipv4_mapped or address) if isinstance(address, ipaddress.IPv6Address) else address
 
 
 # --- who has which port ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 
+from ipam_daemon.hostports import unmapped
 from ipam_daemon.model import Address
 from podwire.nlattr import message, messages
 
@@ -53,9 +54,4 @@ def _ask(diag: socket.socket, family: int, protocol: str, port: int) -> list[Add
                 raise OSError(number, os.strerror(number), f"sockets at port {port}/{protocol}")
             source, _, address, _ = _SOCKET.unpack_from(answer, 4)  # after family, state, timer, retransmits
             if source == port:
-                found.append(_of_its_packets(ipaddress.ip_address(address[: _FAMILIES[answer[0]]])))
-
-
-def _of_its_packets(address: Address) -> Address:
-    """A socket of IPv6 at ::ffff:192.0.2.1, as Java binds it, takes the packets of 192.0.2.1."""
-    return (address.ipv4_mapped or address) if isinstance(address, ipaddress.IPv6Address) else address
+                found.append(unmapped(ipaddress.ip_address(address[: _FAMILIES[answer[0]]])))
