@@ -165,10 +165,7 @@ def overlap(a: Address | None, b: Address | None) -> bool:
 
 
 def shadows(mapping: PortMapping, listening: Address) -> bool:
-    """Whether the mapping would take connections from a socket of the node that listens on an address. One on :: takes
-    IPv4 as well."""
-    if listening.version == 6 and listening.is_unspecified:
-        return True
+    """Whether the mapping would take connections from a socket of the node that listens on an address."""
     if mapping.host_ip is None or mapping.host_ip.is_unspecified:
         if listening.is_loopback and listening != LOCALHOST:
             return False

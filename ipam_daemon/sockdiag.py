@@ -13,13 +13,16 @@ import struct
 
 from ipam_daemon.hostports import unmapped
 from ipam_daemon.model import Address
-from podwire.nlattr import message, messages
+from podwire.nlattr import attributes, message, messages
 
 _NETLINK_SOCK_DIAG, _BY_FAMILY = 4, 20
 _ERROR, _DONE = 2, 3
 _REQUEST, _DUMP = 0x1, 0x300
 _ASK = struct.Struct("=BBxxI")  # inet_diag_req_v2: family, protocol, extensions, padding, states
 _SOCKET = struct.Struct("!HH16s16s12x")  # inet_diag_sockid: source port, destination port, addresses, link and cookie
+_AT, _SIZE = 4, 72  # inet_diag_msg: inet_diag_sockid after family, state, timer, retransmits
+_ONLY_IPV6 = 11  # INET_DIAG_SKV6ONLY
+_ALL_IPV4 = ipaddress.ip_address("0.0.0.0")
 _FAMILIES: dict[int, int] = {socket.AF_INET: 4, socket.AF_INET6: 16}
 _STATES = {"tcp": 1 << 10, "sctp": 1 << 10, "udp": 1 << 7}
 """TCP_LISTEN, and TCP_CLOSE, which is what a UDP socket is in that is not connected."""
@@ -29,7 +32,8 @@ _BUFFER, _TIMEOUT = 1 << 16, 5.0
 
 
 def listening(protocol: str, port: int) -> frozenset[Address]:
-    """The addresses that sockets of this thread's namespace listen on at `port`; 0.0.0.0 and :: are all of a family.
+    """The addresses whose packets sockets of this thread's namespace take at `port`; 0.0.0.0 and :: are all of a
+    family, and a socket on :: that takes IPv4 as well is both.
 
     Raises OSError.
     """
@@ -52,6 +56,15 @@ def _ask(diag: socket.socket, family: int, protocol: str, port: int) -> list[Add
                 if number in _UNKNOWN:
                     return found
                 raise OSError(number, os.strerror(number), f"sockets at port {port}/{protocol}")
-            source, _, address, _ = _SOCKET.unpack_from(answer, 4)  # after family, state, timer, retransmits
-            if source == port:
-                found.append(unmapped(ipaddress.ip_address(address[: _FAMILIES[answer[0]]])))
+            if _SOCKET.unpack_from(answer, _AT)[0] == port:
+                found += _addresses(answer)
+
+
+def _addresses(answer: bytes) -> list[Address]:
+    """Those that a socket is bound to, from an inet_diag_msg and its attributes."""
+    _, _, packed, _ = _SOCKET.unpack_from(answer, _AT)
+    address = ipaddress.ip_address(packed[: _FAMILIES[answer[0]]])
+    if address.version == 6 and address.is_unspecified:
+        only_six = dict(attributes(answer[_SIZE:])).get(_ONLY_IPV6, b"\0")[0]
+        return [address] if only_six else [address, _ALL_IPV4]
+    return [unmapped(address)]

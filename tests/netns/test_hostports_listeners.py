@@ -52,3 +52,24 @@ def test_a_listener_that_writes_ipv4_as_ipv6_keeps_its_port(tmp_path: Path) -> N
                     assert ask(outside, NODE[4], 9300) == f"web {OUTSIDE[4]}", "an address that nobody listens at"
 
     play(story)
+
+
+def test_a_listener_of_ipv6_alone_leaves_ipv4_to_a_pod(tmp_path: Path) -> None:
+    """A socket on :: takes IPv4 as well only while nobody said IPV6_V6ONLY, as nginx does for one."""
+
+    async def story() -> None:
+        async with dual_stack(tmp_path) as (it, outside):
+            with (
+                pods(1) as (web,),
+                running(it.node, LISTEN, "::", "9200", ONLY_SIX),
+                running(it.node, LISTEN, "::", "9300", BOTH),
+                serving(web, "web", 80),
+            ):
+                for port, host_ip in ((9200, ""), (9200, "::"), (9200, NODE[6]), (9300, "0.0.0.0"), (9300, NODE[4])):
+                    with pytest.raises(PortTaken, match=rf"{port}/tcp is the node's own"):
+                        await it.attachments.add(add_call("web", web, mapping(port, host_ip=host_ip)))
+                await it.attachments.add(add_call("web", web, mapping(9200, host_ip="0.0.0.0")))
+                assert ask(outside, NODE[4], 9200) == f"web {OUTSIDE[4]}"
+                assert ask(outside, NODE[6], 9200) == "node"
+
+    play(story)

@@ -125,7 +125,10 @@ def test_who_is_in_whose_way(one: str, other: str, expected: bool) -> None:
 
 LISTENING = {
     "everywhere": (ANY, "0.0.0.0", True),
-    "everywhere in IPv6, which takes IPv4 as well": (FIRST, "::", True),
+    "everywhere in IPv6": (ANY, "::", True),
+    "everywhere in IPv6, and one of it is asked for": (SIXTH, "::", True),
+    "everywhere in IPv6, and all of IPv4 is asked for": ("0.0.0.0", "::", False),
+    "everywhere in IPv6, and one of IPv4 is asked for": (FIRST, "::", False),
     "at one address": (ANY, FIRST, True),
     "at localhost": (ANY, "127.0.0.1", True),
     "at the resolver's address, which is not mapped": (ANY, "127.0.0.53", False),
