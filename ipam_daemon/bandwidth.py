@@ -125,7 +125,7 @@ def wire_of(ifb: str) -> str:
 def queues(attachment: Attachment) -> tuple[Queue, ...]:
     """The queues of an attachment; none for one without limits. They depend on its MTU when a burst is smaller."""
     to_pod, from_pod = queue_names(attachment.host_ifname)
-    asked, least = attachment.bandwidth, attachment.mtu + _FRAME
+    asked, least = attachment.bandwidth, max(attachment.mtu, attachment.resizing) + _FRAME
     found = (
         (to_pod, True, asked.ingress_rate, asked.ingress_burst),
         (from_pod, False, asked.egress_rate, asked.egress_burst),

@@ -62,7 +62,8 @@ class Shaper:
     def resize(self, attachment: Attachment, mtu: int) -> None:
         """Fits the queues of a wire to another MTU, in bytes, where they were made for the one that it has; no packet
         is lost. What is not as it was made is left to the next round."""
-        for known, wanted in zip(queues(attachment), queues(replace(attachment, mtu=mtu)), strict=True):
+        before, after = (replace(attachment, mtu=each, resizing=0) for each in (attachment.mtu, mtu))
+        for known, wanted in zip(queues(before), queues(after), strict=True):
             index = index_of(wanted.ifname)
             if index and wanted != known:
                 change = replace(tc.add_bucket(index, wanted.bucket), flags=0)  # of the one that is there

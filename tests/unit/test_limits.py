@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ipam_daemon.bandwidth import Bucket, Limits, check_bursts, parse, queue_names, wire_of
+from ipam_daemon.bandwidth import Bucket, Limits, check_bursts, parse, queue_names, queues, wire_of
 from ipam_daemon.errors import CniError
-from ipam_daemon.model import Bandwidth
+from ipam_daemon.model import Attachment, AttachmentKey, Bandwidth
 
 MBIT = 1_000_000
 NOTHING = Limits()
@@ -78,6 +78,30 @@ def test_a_packet_has_to_fit_into_the_burst() -> None:
     check_bursts(Bandwidth(ingress_rate=MBIT, ingress_burst=8 * 1464), 1450)
     with pytest.raises(CniError, match="ingressBurst is 11711 bits, expected 11712 at least: a packet of 1450 bytes"):
         check_bursts(Bandwidth(ingress_rate=MBIT, ingress_burst=8 * 1464 - 1), 1450)
+
+
+ROOM = {
+    "as asked for": ({"mtu": 1450}, 1500),
+    "a packet of an MTU that grew": ({"mtu": 8950}, 8964),
+    "of one that it is being given": ({"mtu": 1450, "resizing": 8950}, 8964),
+    "of the one that an end may still have": ({"mtu": 8950, "resizing": 1450}, 8964),
+}
+
+
+@pytest.mark.parametrize(("wire", "burst"), ROOM.values(), ids=ROOM.keys())
+def test_there_is_room_for_a_packet(wire: dict[str, int], burst: int) -> None:
+    attachment = Attachment(
+        key=AttachmentKey("podnet", "c1", "eth0"),
+        netns="",
+        host_ifname="pw0123456789ab",
+        mac="",
+        addresses=(),
+        bandwidth=Bandwidth(egress_rate=MBIT, egress_burst=12_000),
+        created=0,
+        created_ns=0,
+        **wire,
+    )
+    assert [each.bucket.burst for each in queues(attachment)] == [burst]
 
 
 def test_a_large_burst_is_not_a_long_queue() -> None:
