@@ -81,25 +81,26 @@ def test_a_packet_has_to_fit_into_the_burst() -> None:
 
 
 ROOM = {
-    "as asked for": ({"mtu": 1450}, 1500),
-    "a packet of an MTU that grew": ({"mtu": 8950}, 8964),
-    "of one that it is being given": ({"mtu": 1450, "resizing": 8950}, 8964),
-    "of the one that an end may still have": ({"mtu": 8950, "resizing": 1450}, 8964),
+    "as asked for": (1450, 0, 1500),
+    "a packet of an MTU that grew": (8950, 0, 8964),
+    "of one that it is being given": (1450, 8950, 8964),
+    "of the one that an end may still have": (8950, 1450, 8964),
 }
 
 
-@pytest.mark.parametrize(("wire", "burst"), ROOM.values(), ids=ROOM.keys())
-def test_there_is_room_for_a_packet(wire: dict[str, int], burst: int) -> None:
+@pytest.mark.parametrize(("mtu", "resizing", "burst"), ROOM.values(), ids=ROOM.keys())
+def test_there_is_room_for_a_packet(mtu: int, resizing: int, burst: int) -> None:
     attachment = Attachment(
         key=AttachmentKey("podnet", "c1", "eth0"),
         netns="",
         host_ifname="pw0123456789ab",
         mac="",
+        mtu=mtu,
+        resizing=resizing,
         addresses=(),
         bandwidth=Bandwidth(egress_rate=MBIT, egress_burst=12_000),
         created=0,
         created_ns=0,
-        **wire,
     )
     assert [each.bucket.burst for each in queues(attachment)] == [burst]
 
