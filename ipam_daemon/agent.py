@@ -137,6 +137,7 @@ class Agent:
         why = (self._failure or self._plane.refused) if self._attachments.mtu else ""  # else it is why not ready
         notes = [self._foreign_pools] if self._foreign_pools else []
         notes += [f"the kernel is not as it should be, which is tried again: {why}"] if why else []
+        notes += self._plane.lacks
         notes += on_backends(self._settings.backend, self._config.backend)
         notes += on_doubles(self.record, self.peers)
         if self.plan is not None and self.plan.peers is not None:

@@ -82,6 +82,11 @@ class DataPlane:
         return self._own.addresses
 
     @property
+    def lacks(self) -> list[str]:
+        """Which of these no interface has any more, in words."""
+        return self._own.lacks
+
+    @property
     def is_stale(self) -> bool:
         """Whether the underlay has to be looked at."""
         return self._stale

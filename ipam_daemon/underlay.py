@@ -173,7 +173,12 @@ class OwnAddresses:
         self._families = frozenset(families)
         self._grace = grace
         self._missing: dict[Address, float] = {}  # since when
-        self._told: set[Address] = set()
+        self._told: dict[Address, str] = {}
+
+    @property
+    def lacks(self) -> list[str]:
+        """Which addresses have long been gone and have no successor, in words."""
+        return list(self._told.values())
 
     def follow(self, standing: Standing, now: float) -> list[str]:
         """Takes what came, and puts others in the place of those that have long been gone. Returns what an operator has
@@ -181,7 +186,7 @@ class OwnAddresses:
         if self.searches:
             self._take(standing.outward)
         self._missing = {each: self._missing.get(each, now) for each in self.addresses if each not in standing.held}
-        self._told &= self._missing.keys()
+        self._told = {each: word for each, word in self._told.items() if each in self._missing}
         late = [each for each, since in self._missing.items() if now - since >= self._grace]
         words = [word for each in late if (word := self._replace(each, standing.outward))]
         waiting = [since for each, since in self._missing.items() if each not in late]
@@ -200,12 +205,13 @@ class OwnAddresses:
         if successor is not None:
             self.addresses = tuple(successor if each == gone else each for each in self.addresses)
             del self._missing[gone]
+            self._told.pop(gone, None)
             return f"the node's address {gone} is gone; it is {successor} from now on"
         if gone in self._told:
             return ""
-        self._told.add(gone)
         why = "and there is no other from which it reaches the world" if self.searches else "which nodeAddresses has"
-        return f"no interface of this node has its address {gone}, {why}"
+        self._told[gone] = f"no interface of this node has its address {gone}, {why}"
+        return self._told[gone]
 
 
 # --- word of changes ----------------------------------------------------------------------------------------------

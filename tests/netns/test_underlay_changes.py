@@ -124,3 +124,7 @@ def test_other_addresses_are_followed_when_the_former_are_gone_for_good(lab: Lab
         for name, end in (("node1", names.node_address(1)), ("node2", LATER[0])):
             assert link(lab, name, "pw-vxlan")["linkinfo"]["info_data"]["local"] == str(end)
         assert FORMER[0] not in on_node(lab, "node1", "bridge", "fdb", "show", "dev", "pw-vxlan").stdout
+
+        on_node(lab, "node2", "ip", "address", *removing(LATER[1]).split(), "dev", "eth0")
+        wait(lambda: LATER[1] in "".join(status(lab, "node2").notes), "status to say which has no successor")
+        assert published(lab) == LATER

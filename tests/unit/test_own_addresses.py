@@ -94,6 +94,14 @@ def play(own: OwnAddresses, moments: list[Moment]) -> None:
             assert each in words[0]
 
 
+def test_what_is_lacking_is_said_as_long_as_it_is() -> None:
+    own = OwnAddresses(parsed(f"{A} {SIX}"), {4, 6}, GRACE)
+    for now, held, lacks in ((0, A, ""), (5, A, SIX), (50, A, SIX), (51, f"{A} {SIX}", ""), (52, A, "")):
+        own.follow(Standing(held=frozenset(parsed(held))), now)
+        assert len(own.lacks) == bool(lacks), now
+        assert all(f" {lacks}," in words for words in own.lacks)
+
+
 @pytest.mark.parametrize("moments", FOUND.values(), ids=FOUND.keys())
 def test_addresses_that_a_node_found_are_followed(moments: list[Moment]) -> None:
     own = OwnAddresses((), {4, 6}, GRACE)
