@@ -20,6 +20,9 @@ drops it before anything else looks, and is there before the setting is made. Of
 unless a mapping names another, because the others are where the node's own resolvers listen. There is no such setting
 in IPv6: the kernel drops what comes from ::1 by another link, so `[::1]` is never mapped.
 
+**Link-local.** Who sends to fe80:: sends from there, and no router may pass that on (RFC 4291, 2.5.6): what a mapping
+of all addresses translated would find no way to the pod. So it is left to the node, which refuses it.
+
 Source: ip_route_input_slow() and __mkroute_output() in net/ipv4/route.c for what routes 127.0.0.1.
 """
 
@@ -28,7 +31,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from ipam_daemon.hostports import LOCALHOST
+from ipam_daemon.hostports import LINK_LOCAL, LOCALHOST
 from ipam_daemon.plan import BRIDGE
 
 NAME = "podwire_hostports"
@@ -72,7 +75,7 @@ _RULES = (
     f"hostports {_PORTS} dnat ip to ip daddr . meta l4proto . th dport map @specific4",
     f"hostports {_PORTS} dnat ip6 to ip6 daddr . meta l4proto . th dport map @specific6",
     f"hostports ip daddr {_LOOPBACK} ip daddr != {LOCALHOST} return",
-    "hostports ip6 daddr ::1 return",
+    f"hostports ip6 daddr {{ ::1, {LINK_LOCAL} }} return",
     f"hostports meta nfproto ipv4 {_PORTS} dnat ip to meta l4proto . th dport map @any4",
     f"hostports meta nfproto ipv6 {_PORTS} dnat ip6 to meta l4proto . th dport map @any6",
     f'postrouting ip saddr {_LOOPBACK} oifname "{BRIDGE}" counter masquerade fully-random',

@@ -28,6 +28,7 @@ _WHERE = "runtimeConfig.portMappings"
 Place = tuple[str, bytes]
 """A map and a key of it."""
 LOCALHOST = ipaddress.ip_address("127.0.0.1")
+LINK_LOCAL = ipaddress.IPv6Network("fe80::/10")
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -167,7 +168,7 @@ def overlap(a: Address | None, b: Address | None) -> bool:
 def shadows(mapping: PortMapping, listening: Address) -> bool:
     """Whether the mapping would take connections from a socket of the node that listens on an address."""
     if mapping.host_ip is None or mapping.host_ip.is_unspecified:
-        if listening.is_loopback and listening != LOCALHOST:
+        if (listening.is_loopback and listening != LOCALHOST) or listening in LINK_LOCAL:
             return False
         return mapping.host_ip is None or mapping.host_ip.version == listening.version
     return mapping.host_ip == listening or (listening.is_unspecified and listening.version == mapping.host_ip.version)

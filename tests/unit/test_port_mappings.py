@@ -133,6 +133,8 @@ LISTENING = {
     "at localhost": (ANY, "127.0.0.1", True),
     "at the resolver's address, which is not mapped": (ANY, "127.0.0.53", False),
     "at ::1, which is not mapped": (ANY, "::1", False),
+    "at an address of a link, which is not mapped": (ANY, "fe80::1", False),
+    "at an address of a link, and all of IPv6 is asked for": ("::", "fe80::1", False),
     "at another address": (SECOND, FIRST, False),
     "everywhere, and one is asked for": (FIRST, "0.0.0.0", True),
     "everywhere, and one of IPv6 is asked for": (SIXTH, "0.0.0.0", False),
