@@ -98,9 +98,12 @@ class DataPlane:
         """
         self._stale, self._underlay = False, None
         standing = await self._thread.run(look_at_addresses, self._thread, self._own.searches)
+        before = self.addresses
         for word in self._own.follow(standing, asyncio.get_running_loop().time()):
             log.warning(word)
         self._look_at_addresses_at(self._own.due)
+        if before and self.addresses != before:
+            self._underlay_changed()  # somebody may be bringing the kernel to what the former ones have
         if not self.addresses:
             raise TryAgainLater("nodeAddresses is empty and this node has no default route to find its address by")
 
