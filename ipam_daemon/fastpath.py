@@ -124,6 +124,7 @@ def read_conntrack() -> tuple[Conntrack, tuple[int, ...]]:
         one = types.offset("nf_conntrack_tuple_hash", "tuple")
         size = types.size("nf_conntrack_tuple_hash")
         tuples = types.offset("nf_conn", "tuplehash")
+        extension = types.enumerator("nf_ct_ext_id", "NF_CT_EXT_TIMEOUT")
         answers, asked = tuples + size + one, tuples + one
         return Conntrack(
             lookup=types.function("bpf_skb_ct_lookup"),
@@ -135,6 +136,8 @@ def read_conntrack() -> tuple[Conntrack, tuple[int, ...]]:
             tcp_state=types.offset("nf_conn", "proto.tcp.state"),
             original_to=(asked + types.offset(_TUPLE, "dst.u3"), asked + types.offset(_TUPLE, "dst.u")),
             reply_from=(answers + types.offset(_TUPLE, "src.u3"), answers + types.offset(_TUPLE, "src.u")),
+            extensions=types.offset("nf_conn", "ext"),
+            own_timeout=None if extension is None else types.offset("nf_ct_ext", "offset") + extension,
             hz=round(1 / time.clock_getres(_MONOTONIC_COARSE)),  # a jiffy is what that clock counts
         ), modules
     except (BtfError, OSError) as error:

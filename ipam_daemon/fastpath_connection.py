@@ -65,7 +65,8 @@ class Connection(Part):
 
     def _renew(self) -> None:
         """What a packet on the long way does to an entry: it lasts as if this were its first second. Once in a few
-        seconds, and not for what is going to be shown to conntrack anyway. r1 is what is left of it."""
+        seconds, and neither for what is going to be shown to conntrack anyway nor where a rule has given the entry
+        another time. r1 is what is left of it."""
         program, of, udp, aged, fresh = self._program, self._conntrack, *map(self._label, ("sent", "aged", "fresh"))
         program.jump_if(Test.DIFFERENT, R7, _SEEN_REPLY | _ASSURED | _CONFIRMED, fresh)
         program.jump32_if(Test.LESS_SIGNED, R1, LEAST_LEFT * of.hz, fresh)
@@ -79,6 +80,10 @@ class Connection(Part):
         program.jump(fresh)
         program.label(aged)
         program.load(D, R1, R10, ENTRY)
+        if of.own_timeout is not None:  # its members are read by way of null pointers, too: that is 0
+            program.load(D, R3, R1, of.extensions)
+            program.load(B, R3, R3, of.own_timeout)
+            program.jump_if(Test.DIFFERENT, R3, 0, fresh)
         program.call_kernel(of.renew, of.module)
         program.label(fresh)
 

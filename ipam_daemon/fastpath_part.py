@@ -48,7 +48,9 @@ class Where(Enum):
 class Conntrack(msgspec.Struct, frozen=True, kw_only=True):
     """What the running kernel says of its connection tracking: the numbers of its functions and the module that has
     them (0: the kernel itself), and where members of nf_conn are, in bytes. `original_to` and `reply_from` are an
-    address and the port after it: where a connection was begun to, and who answers it. `hz` are jiffies a second."""
+    address and the port after it: where a connection was begun to, and who answers it. `extensions` is the pointer to
+    them, and `own_timeout` where they say that a rule has given the entry a time of its own (None: rules cannot). `hz`
+    are jiffies a second."""
 
     lookup: int
     renew: int
@@ -59,6 +61,8 @@ class Conntrack(msgspec.Struct, frozen=True, kw_only=True):
     tcp_state: int
     original_to: tuple[int, int]
     reply_from: tuple[int, int]
+    extensions: int
+    own_timeout: int | None
     hz: int
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 _HEADER = struct.Struct("=HBBIIIII")  # magic, version, flags, header's length, types' place and length, strings'
 _TYPE = struct.Struct("=III")  # name, what it is, size or the type that it is of
 _MEMBER = struct.Struct("=III")  # name, type, offset in bits
+_ENUMERATOR = struct.Struct("=Ii")  # name, value
 _MAGIC = 0xEB9F
 _INT, _ARRAY_KIND, _STRUCT, _UNION, _ENUM, _FUNC, _FUNC_PROTO, _VAR, _DATASEC, _DECL_TAG, _ENUM64 = (
     1, 3, 4, 5, 6, 12, 13, 14, 15, 17, 19,
@@ -71,6 +72,18 @@ class Btf:
         if bits is None:
             raise BtfError(f"{struct_name} has no member {path}")
         return bits // 8
+
+    def enumerator(self, enum_name: str, name: str) -> int | None:
+        """The value of an enumerator, None where the enumeration has none of the name. Raises BtfError."""
+        number = self._named(enum_name, _ENUM, "enumeration")
+        owner = self._owner(number)
+        _, what, _ = owner._read(number)
+        at = owner._places[number - owner._first] + _TYPE.size
+        for place in range(at, at + 8 * (what & 0xFFFF), 8):
+            found, value = _ENUMERATOR.unpack_from(owner._data, place)
+            if owner._name(found) == name:
+                return int(value)
+        return None
 
     # --- types
 

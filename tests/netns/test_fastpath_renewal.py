@@ -110,6 +110,25 @@ def age(its: Place, talk: Talk, seconds: int) -> None:
     its.node.run("conntrack", "-I", "-p", talk.protocol, *words)
 
 
+SHORT = """table ip stranger {
+    ct timeout short { protocol tcp; l3proto ip; policy = { established : 60, syn_sent : 40 }; };
+    chain every { type filter hook prerouting priority 0; ip protocol tcp ct timeout set "short"; };
+}"""
+
+
+def test_a_time_that_a_rule_has_given_is_kept(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with place(tmp_path, True, True) as its:
+            its.node.run("nft", "-f", "-", stdin=SHORT)
+            await its.rounds()
+            with its.talk(0, 1, "tcp") as talk:
+                assert await its.fast(talk) == 20
+                (line,) = its.node.run("conntrack", "-L", "-p", "tcp").splitlines()
+                assert 20 < int(line.split()[2]) <= 60
+
+    play(story)
+
+
 @pytest.mark.parametrize("about", WAITS)
 def test_who_was_busy_and_rests_is_heard_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, about: Wait) -> None:
     """Whoever speaks first, and whichever way the packets went; what is not busy is forgotten, as ever."""

@@ -115,6 +115,17 @@ def test_what_a_structure_takes_and_which_number_a_function_has() -> None:
     assert [types.function(name) for name in ("lookup", "release")] == [10, 11]
 
 
+def test_what_an_enumerator_is() -> None:
+    base = kernel()
+    module = Writer(after=base)
+    module.add(ENUM, "taste", 4, struct.pack("=IiIi", module.name("SWEET"), 7, module.name("RED"), -1), count=2)
+    types = Btf(module.data(), Btf(base.data()))
+    assert [types.enumerator("colour", name) for name in ("RED", "BLUE", "GREEN")] == [0, 1, None]
+    assert [types.enumerator("taste", name) for name in ("RED", "BLUE", "SWEET")] == [-1, None, 7]
+    with pytest.raises(BtfError, match="no enumeration smell"):
+        types.enumerator("smell", "RED")
+
+
 def test_a_module_goes_on_with_the_kernel_s_numbers_and_names() -> None:
     base = kernel()
     module = Writer(after=base)
