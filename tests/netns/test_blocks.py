@@ -248,6 +248,7 @@ def test_a_pool_without_a_free_block_keeps_the_other_family_from_nothing(
     play(story)
 
 
+@pytest.mark.slow
 def test_a_block_that_the_kernel_refuses_is_tried_again(tmp_path: Path) -> None:
     """An nft that gives no answer within its time, say: the daemon lives, an ADD is told to come again."""
 

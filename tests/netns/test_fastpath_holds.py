@@ -365,6 +365,7 @@ def test_connections_need_no_daemon_and_notice_none(lab: LabState, trio: Trio) -
             assert programs(lab, "node1") == ours(trio, "node1"), "one a link, whoever was there before"
 
 
+@pytest.mark.slow
 def test_what_a_daemon_has_left_ends_before_the_next_one_answers(lab: LabState, trio: Trio) -> None:
     """Without a fast path of its own it would tell the programs of the one before of no DEL."""
     with contextlib.ExitStack() as stack:

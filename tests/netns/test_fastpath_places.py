@@ -169,6 +169,7 @@ def connected(stack: contextlib.ExitStack, here: Pod, there: Pod, family: int) -
     return client, server
 
 
+@pytest.mark.slow
 def test_no_packet_is_lost_whatever_becomes_of_programs(lab: LabState) -> None:
     """Pods of both kinds become known, daemons come and go, the node changes, and nobody wants a fast path any more."""
     stream = "net.netfilter.nf_conntrack_udp_timeout_stream"

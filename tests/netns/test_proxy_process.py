@@ -260,6 +260,7 @@ def test_an_api_that_is_away_changes_nothing(place: ProxyStage) -> None:
     place.served("10.96.0.1", LOCAL_2)
 
 
+@pytest.mark.slow
 def test_a_role_that_may_not_read_service_cidrs_leaves_no_node_without_rules(place: ProxyStage) -> None:
     place.api.refused[SERVICE_CIDRS_KIND.path] = 403
     place.api.put(*WEB)

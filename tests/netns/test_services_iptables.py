@@ -104,7 +104,7 @@ def nft(stage: Stage) -> Iterator[Mode]:
 @pytest.mark.parametrize(
     ("backend", "variant"),
     [
-        ("nft", "pods are told by their addresses"),
+        pytest.param("nft", "pods are told by their addresses", marks=pytest.mark.slow),
         ("nft", "pods are not told"),
         pytest.param("legacy", "pods are told by their interfaces", marks=needs_legacy),
     ],

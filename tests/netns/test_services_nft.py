@@ -63,7 +63,9 @@ def mode(stage: Stage) -> Iterator[Mode]:
 # --- Packets ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["pods are told by their addresses", "pods are not told"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("pods are told by their addresses", marks=pytest.mark.slow), "pods are not told"]
+)
 def test_every_flow_of_the_matrix(stage: Stage, variant: str) -> None:
     """The third way beside the model's answer and the tracer's, with the same plans."""
     settings = VARIANTS[variant]
