@@ -1,7 +1,7 @@
 """How long conntrack keeps a connection that is fast: as long as one that it sees, which outlives a pause.
 
 What a program does to an entry is asked of the stage (fastpath_stage.py), packet by packet; that connections live by it
-is told with pods and rounds (test_fastpath_rounds.py).
+is told with pods and rounds (fastpath_rounds.py).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import pytest
 from ipam_daemon import fastpath_connection
 from ipam_daemon.fastpath_connection import LEAST_LEFT
 from tests.netns import fastpath_stage
+from tests.netns.fastpath_rounds import Place, Talk, place
 from tests.netns.fastpath_stage import FAST, HEADER, ON, TCP, UDP, WAYS, Flow, Stage, flow
 from tests.netns.node_fixtures import play
-from tests.netns.test_fastpath_rounds import Place, Talk, place
 
 LASTS = {TCP: 432000, UDP: 120}  # of the stage's programs
 NAMES = {TCP: "tcp", UDP: "udp"}
