@@ -20,16 +20,7 @@ from ipam_daemon.fastpath_program import render_nothing
 from ipam_daemon.netlink import index_of
 from ipam_daemon.plan import NodePlan, PeersPlan, RoutePlan
 from podwire.bpf import kernel, tcx
-from tests.netns.fastpath_rounds import (
-    ARRIVING,
-    BY_TCX,
-    FILTER,
-    FROM_POD,
-    PLAN,
-    Place,
-    Running,
-    place,
-)
+from tests.netns.fastpath_rounds import ARRIVING, BY_TCX, FILTER, FROM_POD, PLAN, Place, Running, place
 from tests.netns.node_fixtures import Node, play
 from tests.netns.test_devices import VXLAN
 

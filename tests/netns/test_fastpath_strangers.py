@@ -17,12 +17,8 @@ from ipam_daemon.netlink import index_of
 from ipam_daemon.onlookers import Onlookers
 from podwire.bpf import kernel, tcx
 from podwire.bpf.syscall import bpf
-from tests.netns.fastpath_rounds import (
-    Place,
-    place,
-)
+from tests.netns.fastpath_rounds import Place, place
 from tests.netns.node_fixtures import play
-
 
 _ATTACH, _DETACH = 8, 9  # linux/bpf.h, enum bpf_cmd
 STRANGER = "stranger"
