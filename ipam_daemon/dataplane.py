@@ -174,9 +174,8 @@ class DataPlane:
             table.update(records, (block.cidr for block in blocks))
             peers = table.peers
             tunnelled = peers.has_tunnels
-        settings, on_link = self._settings, underlay.on_link
-        exempt = settings.non_masquerade_cidrs
-        plan = plan_node(config, record, blocks, None, underlay.mtu, settings.mtu, on_link, exempt, tunnelled)
+        settings = self._settings
+        plan = plan_node(config, record, blocks, underlay.mtu, settings.mtu, settings.non_masquerade_cidrs, tunnelled)
         if peers is not None:
             plan = with_peers(plan, peers, table.vteps)
         resized = resync or self.plan is None or self.plan.mtu != plan.mtu

@@ -143,30 +143,22 @@ def plan_node(
     config: ClusterConfig,
     record: NodeRecord,
     blocks: Iterable[Block],
-    peers: Iterable[NodeRecord] | None,
     underlay_mtu: int,
     mtu: int = 0,
-    on_link: Mapping[Network, str] = NOWHERE,
     exempt: Iterable[Network] = (),
     tunnelled: bool = True,
 ) -> NodePlan:
     """The desired state of the node that `record` is about. `underlay_mtu` and `mtu` (0: made from it) are in bytes.
 
-    `blocks` are the node's own, at least one; records among `peers` that are this node's, or not complete yet, are
-    passed over: they come again when they change. None for `peers` says that they are not known, and nothing that the
-    kernel has of them may be removed; `tunnelled` then says whether one of them is reached by VXLAN, which with
-    `auto` is what the MTU depends on. `on_link` are the networks that the node is on, each with the interface; what
-    goes to `exempt` is not masqueraded.
+    `blocks` are the node's own, at least one. Of other nodes it says nothing (`with_peers` does), so that nothing which
+    the kernel has of them is removed; `tunnelled` says whether one of them is reached by VXLAN, which with `auto` is
+    what the MTU depends on. What goes to `exempt` is not masqueraded.
 
     Raises TryAgainLater when the underlay leaves less than IPv6 needs.
     """
     cidrs = [block.cidr for block in blocks]
-    others = None if peers is None else _others(record.name, peers)
-    found = plan_peers(others or (), config.backend.type, on_link, record.addresses[0].version)
     families = {pool.cidr.version for pool in config.pools} | {cidr.version for cidr in cidrs}
     tunnel_mtu = mtu or underlay_mtu - VXLAN_OVERHEAD[record.addresses[0].version]
-    if others is not None:
-        tunnelled = found.has_tunnels
     mtu = mtu or (tunnel_mtu if _leaves_room(config.backend.type, tunnelled) else underlay_mtu)
     least = LEAST_MTU[max(families)]
     if mtu < least:
@@ -191,11 +183,11 @@ def plan_node(
             addresses=tuple(ipaddress.ip_interface(address) for address in record.vtep_addresses),
             pools=pools,
         ),
-        peers=None if others is None else found,
+        peers=None,
         firewall=FirewallPlan(
             local_blocks=frozenset(cidrs),
             unmasqueraded=_unmasqueraded([*pools, *NEVER_MASQUERADED, *exempt]),
-            vteps=None if others is None else frozenset(address for peer in others for address in peer.addresses),
+            vteps=None,
             vxlan_port=config.backend.port,
         ),
         backend=config.backend.type,
@@ -351,10 +343,6 @@ def attachment_of(alias: str, host_ifname: str, mtu: int, now: float) -> Attachm
 def is_same_wire(found: Attachment, row: Attachment) -> bool:
     """Whether a wire that was found by its alias is this row's, perhaps under another name."""
     return (found.key, found.created_ns, found.addresses) == (row.key, row.created_ns, row.addresses)
-
-
-def _others(name: str, peers: Iterable[NodeRecord]) -> list[NodeRecord]:
-    return sorted((peer for peer in peers if peer.name != name and is_complete(peer)), key=lambda peer: peer.name)
 
 
 def is_complete(peer: NodeRecord) -> bool:

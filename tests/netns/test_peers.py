@@ -46,7 +46,7 @@ async def node_1() -> AsyncIterator[tuple[Node, Peers]]:
 
 
 async def ensure_devices(node: Node, number: int) -> None:
-    plan = plan_node(CONFIG, record(number), [block(number)], (), 1500)
+    plan = plan_node(CONFIG, record(number), [block(number)], 1500)
     devices = Devices(node.thread)
     await node.thread.run(devices.ensure_bridge, plan.bridge)
     await node.thread.run(devices.ensure_vxlan, plan.vxlan)
@@ -365,7 +365,7 @@ def dual_record(number: int, underlay: int, versions: Sequence[int]) -> NodeReco
 
 async def dual_devices(node: Node, number: int, underlay: int, versions: Sequence[int]) -> None:
     mine = dual_record(number, underlay, versions)
-    plan = plan_node(DUAL, mine, [dual_block(number, each) for each in versions], (), 1500)
+    plan = plan_node(DUAL, mine, [dual_block(number, each) for each in versions], 1500)
     devices = Devices(node.thread)
     await node.thread.run(devices.ensure_bridge, plan.bridge)
     await node.thread.run(devices.ensure_vxlan, plan.vxlan)

@@ -28,7 +28,7 @@ from ipam_daemon.model import (
     Pool,
     PortMapping,
 )
-from ipam_daemon.plan import RoutePlan, alias_of, mac_of, plan_node, plan_record
+from ipam_daemon.plan import RoutePlan, alias_of, mac_of, plan_node, plan_peers, plan_record, with_peers
 from ipam_daemon.spoofguard import GuardState
 
 NOW = 1000.0
@@ -77,8 +77,11 @@ def guard(*attachments: Attachment) -> GuardState:
     return GuardState(spoofguard.shape(), frozenset().union(*map(spoofguard.elements, attachments)))
 
 
-PLAN = plan_node(
-    ClusterConfig(pools=(POOL,)), record("node-1", CIDR), [block(CIDR)], [record("node-2", PEER)], underlay_mtu=1500
+OTHER = record("node-2", PEER)
+PLAN = with_peers(
+    plan_node(ClusterConfig(pools=(POOL,)), record("node-1", CIDR), [block(CIDR)], underlay_mtu=1500),
+    plan_peers([OTHER]),
+    frozenset(OTHER.addresses),
 )
 assert PLAN.peers is not None
 BRIDGE = Link(

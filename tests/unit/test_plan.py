@@ -24,6 +24,7 @@ from ipam_daemon.model import (
     PodRef,
     Pool,
 )
+from ipam_daemon.peer_table import PeerTable
 from ipam_daemon.plan import (
     ALIAS_LIMIT,
     NodePlan,
@@ -35,6 +36,7 @@ from ipam_daemon.plan import (
     plan_node,
     plan_peers,
     plan_record,
+    with_peers,
 )
 
 CONFIG = ClusterConfig(pools=(Pool(cidr=ipaddress.ip_network("10.244.0.0/16")),), backend=Backend(vni=7, port=8472))
@@ -54,9 +56,15 @@ def record(number: int, *cidrs: str, address: str = "") -> NodeRecord:
 
 def plan(*peers: NodeRecord, known: bool = True, **more: Any) -> NodePlan:
     mine = record(1)
-    return plan_node(
-        CONFIG, mine, [block("10.244.1.0/24")], (mine, *peers) if known else None, **{"underlay_mtu": 1500, **more}
-    )
+    got = plan_node(CONFIG, mine, [block("10.244.1.0/24")], **{"underlay_mtu": 1500, **more})
+    return beside(got, mine, *peers) if known else got
+
+
+def beside(got: NodePlan, *nodes: NodeRecord) -> NodePlan:
+    """The plan of the first of these nodes with the others in it."""
+    table = PeerTable(nodes[0].name, plan_peers, nodes[0].addresses)
+    table.update({each.name: each for each in nodes}, nodes[0].blocks)
+    return with_peers(got, table.peers, table.vteps)
 
 
 def test_a_node_alone() -> None:
@@ -141,19 +149,12 @@ MTUS_OF_BACKENDS = {
     "what the configuration says goes first": ("direct", (4,), 1500, 1400, (1400, 1400)),
     "a VXLAN device with IPv6 has no less than it needs": ("direct", (6,), 1300, 0, (1300, 1280)),
 }
-MTUS_OF_AUTO = {  # peers, whether one was reached by VXLAN, what the configuration says → pods' MTU
-    "nobody else": ([], True, 0, 1500),
-    "all near": ([node(2, 4), node(3, 4)], True, 0, 1500),
-    "one far": ([node(2, 4), node(3, 4, segment=1)], False, 0, 1450),
-    "one near by one family alone": (
-        [msgspec.structs.replace(node(2, 4, 6), addresses=node(2, 4).addresses)],
-        False,
-        0,
-        1450,
-    ),
-    "not known, one was far": (None, True, 0, 1450),
-    "not known, all were near": (None, False, 0, 1500),
-    "what the configuration says goes first": ([node(2, 4)], False, 1400, 1400),
+MTUS_OF_AUTO = {  # peers, what the configuration says → pods' MTU
+    "nobody else": ([], 0, 1500),
+    "all near": ([node(2, 4), node(3, 4)], 0, 1500),
+    "one far": ([node(2, 4), node(3, 4, segment=1)], 0, 1450),
+    "one near by one family alone": ([msgspec.structs.replace(node(2, 4, 6), addresses=node(2, 4).addresses)], 0, 1450),
+    "what the configuration says goes first": ([node(2, 4)], 1400, 1400),
 }
 
 
@@ -163,22 +164,23 @@ MTUS_OF_AUTO = {  # peers, whether one was reached by VXLAN, what the configurat
 def test_mtus(backend: str, families: tuple[int, ...], underlay: int, mtu: int, wanted: tuple[int, int]) -> None:
     mine = node(1, *families)
     config = ClusterConfig(pools=CONFIG.pools, backend=Backend(type=BackendType(backend)))
-    got = plan_node(config, mine, [block(str(cidr)) for cidr in mine.blocks], (), underlay, mtu)
+    got = plan_node(config, mine, [block(str(cidr)) for cidr in mine.blocks], underlay, mtu)
     assert (got.mtu, got.vxlan.mtu) == wanted
 
 
-@pytest.mark.parametrize(("peers", "tunnelled", "mtu", "wanted"), MTUS_OF_AUTO.values(), ids=MTUS_OF_AUTO.keys())
+@pytest.mark.parametrize(("peers", "mtu", "wanted"), MTUS_OF_AUTO.values(), ids=MTUS_OF_AUTO.keys())
 def test_the_mtu_of_auto_is_whole_until_a_node_is_reached_by_vxlan(
-    peers: list[NodeRecord] | None, tunnelled: bool, mtu: int, wanted: int
+    peers: list[NodeRecord], mtu: int, wanted: int
 ) -> None:
     config = ClusterConfig(pools=CONFIG.pools, backend=Backend(type=BackendType.AUTO))
-    got = plan_node(config, node(1, 4), [block("10.244.1.0/24")], peers, 1500, mtu, ON_LINK, tunnelled=tunnelled)
+    tunnelled = plan_peers(peers, BackendType.AUTO, ON_LINK, 4).has_tunnels
+    got = plan_node(config, node(1, 4), [block("10.244.1.0/24")], 1500, mtu, tunnelled=tunnelled)
     assert (got.mtu, got.vxlan.mtu) == (wanted, mtu or 1450)
 
 
 def test_an_underlay_that_leaves_too_little_for_ipv6_is_refused() -> None:
     with pytest.raises(TryAgainLater, match="the underlay's MTU 1300 leaves 1230 for pods, which need 1280"):
-        plan_node(CONFIG, node(1, 6), [block("fd00:10:244:1::/64")], (), 1300)
+        plan_node(CONFIG, node(1, 6), [block("fd00:10:244:1::/64")], 1300)
 
 
 def test_exemptions_that_overlap_the_pools_become_one() -> None:
@@ -235,14 +237,14 @@ def test_the_mtu_leaves_room_for_the_tunnel(given_: dict[str, Any], expected: in
 
 def test_the_mtu_over_ipv6_leaves_more() -> None:
     mine = record(1, address="2001:db8::1")
-    assert plan_node(CONFIG, mine, [block("10.244.1.0/24")], (), 1500).bridge.mtu == 1430
+    assert plan_node(CONFIG, mine, [block("10.244.1.0/24")], 1500).bridge.mtu == 1430
 
 
 def test_dual_stack_takes_the_same_path() -> None:
     mine = record(1, "10.244.1.0/24", "fd00:1::/120")
     peer = record(2, "10.244.2.0/24", "fd00:2::/120")
     blocks = [block("10.244.1.0/24"), block("fd00:1::/120")]
-    got = plan_node(CONFIG, mine, blocks, (mine, peer), 1500)
+    got = beside(plan_node(CONFIG, mine, blocks, 1500), mine, peer)
     assert [str(each) for each in got.bridge.addresses] == ["10.244.1.1/24", "fd00:1::1/120"]
     assert [str(each) for each in got.vxlan.addresses] == ["10.244.1.2/32", "fd00:1::2/128"]
     assert got.peers is not None
