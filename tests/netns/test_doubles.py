@@ -87,8 +87,12 @@ def said(lab: LabState, name: str) -> str:
     return "; ".join((*status(lab, name).reasons, *status(lab, name).notes))
 
 
-def restart(lab: LabState, name: str) -> None:
+def restart(lab: LabState, name: str, anew: bool = False) -> None:
+    """Another daemon; `anew` one that never had the routes to the other nodes, as far as it knows."""
     node.stop_daemon(lab, name)
+    if anew:
+        for each in lab.files.node_path(name, "/run/podwire").glob("journal.db*"):
+            each.unlink()
     node.start_daemon(lab, name)
     node.wait_daemon(lab, name)
 
@@ -108,7 +112,7 @@ def addresses_of(box: Container) -> list[str]:
 def test_a_machine_that_was_installed_anew_under_another_name_is_a_node(lab: LabState) -> None:
     blocks = free_blocks(lab)
     with ghost(lab, having(blocks)):
-        restart(lab, "node2")
+        restart(lab, "node2", anew=True)
         wait(lambda: status(lab, "node2").ready, "node2 to be ready beside what is said to be at its address")
         assert not any(cidr in routes(lab, "node2") for cidr in blocks)
         assert "`podwire node forget`" in said(lab, "node2")
@@ -128,6 +132,8 @@ def test_nobody_elses_record_takes_a_nodes_pods_from_it(lab: LabState) -> None:
         with ghost(lab, 'addresses=(ip("172.31.0.66"), ip("fd00:172:31::66"))'):
             wait(lambda: "ghost" in said(lab, "node2"), "node2 to say what it thinks of it")
             restart(lab, "node2")
+            wait(lambda: peers(lab, "node2") >= 1, "node2 to know of node1")
+            assert "not as it should be" not in said(lab, "node2"), "nor does it try"
             for block in status(lab, "node2").blocks:
                 assert f"{block.cidr} dev pw0" in routes(lab, "node2")
             for each in there:
@@ -141,7 +147,7 @@ def test_a_route_that_the_kernel_refuses_keeps_no_pod_waiting(lab: LabState) -> 
     try:
         four, six = free_blocks(lab)
         with ghost(lab, f'addresses=(ip("172.31.0.77"), ip("fd00:172:31::77")), {having([four, six])}'):
-            restart(lab, "node2")
+            restart(lab, "node2", anew=True)
             wait(lambda: status(lab, "node2").ready, "node2 to be ready")
             wait(lambda: f"route {six}: EINVAL" in said(lab, "node2"), "node2 to say what is not there")
             assert f"{four} via 172.31.0.77" in routes(lab, "node2"), "all else is"
